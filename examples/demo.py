@@ -1,0 +1,55 @@
+"""
+The whole way in minutes, on the letters that pyrdiff carries:
+
+    python examples/demo.py --output_dir demo
+
+Trains through `accelerate launch`, then samples in a second process that knows diffusers only.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parent
+TRAINING = {
+    "train_data_dir": "glyphs",
+    "image_channels": 1,
+    "resolution": ("8", "16", "32"),
+    "preset": "tiny",
+    "train_batch_size": 256,
+    "learning_rate": 1e-3,
+    "lr_warmup_steps": 50,
+    "mixed_precision": "bf16",
+    "checkpointing_steps": 1000,
+    "save_images_steps": 500,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", default="demo")
+    parser.add_argument("--minutes", type=float, default=3.5, help="training time")
+    options = parser.parse_args()
+    folder = Path(options.output_dir)
+
+    flags = [f"--output_dir={folder / 'training'}", f"--minutes={options.minutes}"]
+    for name, value in TRAINING.items():
+        flags += [f"--{name}", *value] if isinstance(value, tuple) else [f"--{name}={value}"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=1", "--num_machines=1"]
+    launch += ["--mixed_precision=bf16", "--dynamo_backend=no"]
+    subprocess.run([*launch, str(EXAMPLES / "train_pddpm.py"), *flags], check=True)
+
+    model = folder / "training" / "pipeline"
+    sample = [
+        sys.executable,
+        str(EXAMPLES / "generate.py"),
+        f"--model={model}",
+        "--trust_remote_code",
+        "--batch_size=12",
+    ]
+    subprocess.run([*sample, f"--output_dir={folder}"], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""
+Sample a model that pyrdiff exported, from coarse to fine, with nothing but diffusers:
+
+    python examples/generate.py --model runs/pddpm/pipeline --trust_remote_code --batch_size 8 --output_dir samples
+
+Writes every image, and pyramid.png: each level of the same samples, with its steps and seconds.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+PLANS = {
+    "paper": dict(num_inference_steps=1000, refine_steps=30),
+    "paper, fast": dict(num_inference_steps=100, refine_steps=10),
+    "default": dict(num_inference_steps=100, refine_steps=8),
+    "short": dict(num_inference_steps=20, refine_steps=5),
+}
+AT_THE_TOP = {"DDPM 1000": 1000, "DDIM 50": 50, "DPM-Solver++ 20": 20}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="exported folder, or a repository on the Hub")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
+    parser.add_argument("--output_dir", default="samples")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--num_inference_steps", type=int, default=100, help="network calls at the lowest level")
+    parser.add_argument("--refine_steps", type=int, default=8, help="network calls at each higher level")
+    parser.add_argument(
+        "--refine_strength", type=float, default=0.3, help="noise that higher levels start from, (0, 1]"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default=None, help="by default the GPU if there is one")
+    return parser.parse_args()
+
+
+def print_costs(pipeline) -> None:
+    """The cost of some plans in NFE-eq (one network call at the top level), and how much cheaper that is."""
+    print(f"{'plan':<12} {'calls a level':<16} {'NFE-eq':>8}  " + "  ".join(f"vs {name:<15}" for name in AT_THE_TOP))
+    for name, plan_arguments in PLANS.items():
+        plan = pipeline.plan(**plan_arguments)
+        calls = "/".join(str(len(level.timesteps)) for level in plan.levels)
+        ratios = "  ".join(f"x{steps / plan.nfe_eq:<17.1f}" for steps in AT_THE_TOP.values())
+        print(f"{name:<12} {calls:<16} {plan.nfe_eq:>8.2f}  {ratios}")
+
+
+def draw_pyramid(levels, plan, seconds: list[float], path: Path) -> None:
+    """A row a level: resolution, network calls and seconds beside the samples."""
+    from matplotlib.figure import Figure
+
+    columns = len(levels[0])
+    figure = Figure(figsize=(1.7 + 1.1 * columns, 1.15 * len(levels)), layout="constrained")
+    axes = figure.subplots(len(levels), columns, squeeze=False)
+    for row, (images, level, taken) in enumerate(zip(levels, plan.levels, seconds, strict=True)):
+        for column, image in enumerate(images):
+            axes[row][column].imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+            axes[row][column].set(xticks=[], yticks=[])
+        label = "{}x{}".format(*level.size) + f"\n{len(level.timesteps)} steps\n{taken:.2f} s"
+        axes[row][0].set_ylabel(label, rotation=0, ha="right", va="center")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    options = arguments()
+    import torch
+    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
+    pipeline.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    print_costs(pipeline)
+
+    chosen = {key: getattr(options, key) for key in ("num_inference_steps", "refine_steps", "refine_strength")}
+    plan, ticks = pipeline.plan(**chosen), []
+
+    def tick(pipe, step, timestep, tensors):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        ticks.append(time.perf_counter())
+
+    generators = [torch.Generator().manual_seed(options.seed + index) for index in range(options.batch_size)]
+    began = time.perf_counter()
+    output = pipeline(options.batch_size, generator=generators, return_levels=True, callback_on_step_end=tick, **chosen)
+
+    ends = [began]
+    for level in plan.levels:
+        ends.append(ticks[sum(len(earlier.timesteps) for earlier in plan.levels[: len(ends)]) - 1])
+    seconds = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, image in enumerate(output.images):
+        image.save(folder / f"{options.seed + index:05d}.png")
+    draw_pyramid(output.levels, plan, seconds, folder / "pyramid.png")
+    print(f"{options.batch_size} images in {sum(seconds):.2f} s: {folder / 'pyramid.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""
+Train Pyramidal DDPM on a folder of images:
+
+    accelerate launch examples/train_pddpm.py --train_data_dir my_images --resolution 16 32 64 --minutes 60
+
+Every part is in its own room: the flags, network, schedule and loss in `pyrdiff/methods/pddpm.py`, the loop in
+`pyrdiff/training/loop.py`. The same command run again resumes.
+"""
+
+from pyrdiff.methods.pddpm import METHOD
+from pyrdiff.training.settings import parse, run
+
+
+def main() -> None:
+    settings = parse(METHOD.settings, METHOD.summary)
+    from pyrdiff.training.loop import train
+
+    train(METHOD, settings)
+
+
+if __name__ == "__main__":
+    run(main)

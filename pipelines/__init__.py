@@ -1,0 +1,10 @@
+"""Pipelines: custom diffusers pipelines, each file usable on its own."""
+
+if __name__ == "pyrdiff.pipelines":
+    # `SomePipeline.from_pretrained` resolves its components among the modules that are already imported.
+    import pyrdiff.models
+    import pyrdiff.schedulers  # noqa: F401
+
+from .pipeline_pyramidal import PyramidalPipeline
+
+__all__ = ["PyramidalPipeline"]

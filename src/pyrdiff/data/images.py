@@ -1,0 +1,210 @@
+"""Reading images: list the files of a folder, decode one image, fit it to a size."""
+
+import errno
+import functools
+import io
+import os
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte as 24-bit RGB
+WHITE = (255, 255, 255)
+
+# Pillow identifies these but cannot decode them without further programs; EPS would run Ghostscript on what is read.
+NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+
+# These say that the machine is short of something, not that the image is bad.
+MACHINE_ERRORS = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}
+
+
+class BadImageError(ValueError):
+    """An image that cannot be read.
+
+    Attributes:
+        name: the path, or what else the image is called.
+        reason: what is wrong with it, in a few words.
+    """
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"bad image {name}: {reason}")
+        self.name = name
+        self.reason = reason
+
+
+@functools.cache
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in Image.ID if name not in NOT_DECODED]
+
+
+@functools.cache
+def _extensions() -> frozenset[str]:
+    return frozenset(ext for ext, name in Image.registered_extensions().items() if name in _formats())
+
+
+def list_images(folder: str | os.PathLike) -> list[Path]:
+    """The image files in `folder` and the folders below it, sorted by relative POSIX path.
+
+    A file counts by its extension, upper or lower case. Hidden files and folders are left out. Links are followed, but
+    not back into a folder that contains them; a broken link counts as a file, so that it shows up as a bad image.
+
+    Raises:
+        ValueError: when `folder` does not exist, is not a folder or has no image.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        raise ValueError(f"folder: {str(folder)!r} does not exist; accepted is a folder of images")
+    if not folder.is_dir():
+        raise ValueError(f"folder: {str(folder)!r} is not a folder; accepted is a folder of images")
+
+    found = []
+
+    def walk(path: Path, parents: frozenset[str]) -> None:
+        real = os.path.realpath(path)
+        if real in parents:
+            return
+        for entry in path.iterdir():
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                walk(entry, parents | {real})
+            elif entry.suffix.lower() in _extensions() and (entry.is_file() or entry.is_symlink()):
+                found.append(entry)
+
+    walk(folder, frozenset())
+    if not found:
+        raise ValueError(f"folder: {str(folder)!r} has no image; accepted are files such as .png, .jpg, .webp, .tif")
+    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+
+
+def decode_image(
+    source: str | os.PathLike | bytes | Image.Image,
+    channels: Literal[1, 3],
+    background: tuple[int, int, int] = WHITE,
+    max_pixels: int = MAX_PIXELS,
+    name: str | None = None,
+) -> Image.Image:
+    """Decode one image fully, upright, opaque and with 8 bits a channel.
+
+    The EXIF orientation is applied. Transparency of any kind is composited on `background`, and whether there was any
+    (a pixel that is not fully opaque) is said in `info["composited"]` of the result. Integer pixels of more than 8 bits
+    are read as 16 bits, 0..65535, and divided by 257. The first of several frames is taken. Colour profiles are unused.
+
+    Args:
+        source: a path, the bytes of an image file, or a Pillow image (left as it is).
+        channels: 3 for mode "RGB", 1 for mode "L".
+        background: (red, green, blue) in 0..255.
+        max_pixels: the most pixels (width × height) that are decoded. The header is asked, before any decoding.
+            Pillow's own limit, twice `PIL.Image.MAX_IMAGE_PIXELS`, holds too.
+        name: what errors call the image; the path, "bytes" or "image" when None.
+
+    Returns:
+        A new Pillow image of mode "RGB" or "L", [H, W] pixels in 0..255.
+
+    Raises:
+        BadImageError: when the image cannot be read.
+        ValueError: when an argument is out of range.
+    """
+    check_decoding(channels, background, max_pixels)
+    if name is None:
+        name = str(source)
+        if isinstance(source, (bytes, Image.Image)):
+            name = "bytes" if isinstance(source, bytes) else "image"
+    try:
+        if isinstance(source, Image.Image):
+            return _decode(source, channels, background, max_pixels, name)
+        size = len(source) if isinstance(source, bytes) else os.stat(source).st_size
+        if size == 0:
+            raise BadImageError(name, "empty file")
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=_formats()) as image:
+            return _decode(image, channels, background, max_pixels, name)
+    except (BadImageError, MemoryError):
+        raise
+    except UnidentifiedImageError as error:
+        raise BadImageError(name, "not an image that Pillow can read") from error
+    except Image.DecompressionBombError as error:
+        raise BadImageError(name, f"too large: {error}") from error
+    except Exception as error:  # decoders meet damage with all sorts: OSError, SyntaxError, struct.error, IndexError, …
+        if isinstance(error, OSError) and error.errno in MACHINE_ERRORS:
+            raise
+        text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+        raise BadImageError(name, text) from error
+
+
+def fit_image(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The centre of `image` at height × width: scaled to cover it with the aspect kept, the rest cut off.
+
+    Bicubic, antialiased when it shrinks. Cut and scaling are one resampling, so the cut may fall between pixels.
+
+    Args:
+        image: mode "RGB" or "L", as `decode_image` gives it.
+        height: rows of the result, at least 1.
+        width: columns of the result, at least 1.
+
+    Raises:
+        ValueError: for another mode or a size below 1.
+    """
+    if image.mode not in ("RGB", "L"):
+        raise ValueError(f"image: got mode {image.mode!r}; accepted are 'RGB' and 'L'")
+    if height < 1 or width < 1:
+        raise ValueError(f"height, width: got {height}, {width}; accepted is 1 or more")
+    box_width, box_height = float(image.width), float(image.height)
+    if image.width * height > image.height * width:
+        box_width = image.height * width / height
+    else:
+        box_height = image.width * height / width
+    left = max(0.0, (image.width - box_width) / 2)
+    top = max(0.0, (image.height - box_height) / 2)
+    box = (left, top, min(left + box_width, image.width), min(top + box_height, image.height))
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+
+
+def check_decoding(channels: int, background: tuple[int, int, int], max_pixels: int) -> None:
+    """Raise ValueError unless these are values `decode_image` accepts."""
+    if channels not in (1, 3):
+        raise ValueError(f"channels: got {channels!r}; accepted are 1 (gray) and 3 (RGB)")
+    if len(background) != 3 or any(not isinstance(value, int) or not 0 <= value <= 255 for value in background):
+        raise ValueError(f"background: got {background!r}; accepted are three ints in 0..255")
+    if max_pixels < 1:
+        raise ValueError(f"max_pixels: got {max_pixels!r}; accepted is 1 or more")
+
+
+def _decode(image: Image.Image, channels: int, background: tuple, max_pixels: int, name: str) -> Image.Image:
+    width, height = image.size
+    if width == 0 or height == 0:
+        raise BadImageError(name, f"no pixels ({width}×{height})")
+    if width * height > max_pixels:
+        raise BadImageError(name, f"too large: {width}×{height} pixels, more than max_pixels={max_pixels}")
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise BadImageError(name, "float pixels (mode 'F') have no defined range")
+    if image.mode.startswith("I"):
+        image = _to_8_bits(image, name)
+    composited = False
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+        composited = alpha.getextrema()[0] < 255
+        opaque = Image.new("RGB", image.size, background)
+        opaque.paste(image.convert("RGB"), mask=alpha)
+        image = opaque
+    if channels == 1 and image.mode not in ("L", "1"):
+        image = image.convert("RGB")  # what is neither gray nor RGB (CMYK, LAB, …) has no direct way to gray
+    image = image.convert("RGB" if channels == 3 else "L")
+    image.info["composited"] = composited
+    return image
+
+
+def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
+    """Modes "I" and "I;16…" with values in 0..65535 to "L", or "LA" where one value is marked as transparent."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise BadImageError(name, f"integer pixels in {values.min()}..{values.max()}; accepted are 0..65535")
+    gray = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+    if "transparency" in image.info:
+        gray.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
+    return gray

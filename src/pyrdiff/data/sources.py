@@ -1,0 +1,265 @@
+"""Where images come from: a folder, an array, an array file, a Hub data set or the embedded letters."""
+
+import hashlib
+import os
+import zipfile
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+import numpy as np
+from PIL import Image
+
+from .glyphs import draw_glyphs
+from .images import BadImageError, list_images
+
+if TYPE_CHECKING:
+    import datasets
+
+GLYPH_SIZE = 64  # of the set that `open_source("glyphs")` gives
+ARRAY_SHAPES = "uint8 arrays [N, H, W] or [N, H, W, C] with C 1, 3 or 4"
+
+
+@runtime_checkable
+class ImageSource(Protocol):
+    """A numbered set of images.
+
+    Attributes:
+        names: what each image is called in errors and logs.
+    """
+
+    names: Sequence[str]
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Path | bytes | Image.Image:
+        """Image `index` as something `decode_image` accepts. May run in several threads at once."""
+
+    def key(self) -> dict:
+        """What identifies the images, as JSON values: equal keys stand for equal images."""
+
+
+class FolderImages:
+    """The images of a folder and the folders below it; see `list_images`."""
+
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.paths = list_images(folder)
+        self.names = [str(path) for path in self.paths]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> Path:
+        return self.paths[index]
+
+    def key(self) -> dict:
+        digest = hashlib.sha256()
+        for path in self.paths:
+            try:
+                stat = path.stat()
+                state = f"{stat.st_size} {stat.st_mtime_ns}"
+            except OSError:
+                state = "unreadable"
+            digest.update(f"{path.relative_to(self.folder).as_posix()}\0{state}\0".encode("utf-8", "surrogateescape"))
+        return {"kind": "folder", "path": str(self.folder.resolve()), "files": digest.hexdigest()}
+
+
+class ArrayImages:
+    """The images of a uint8 array [N, H, W] or [N, H, W, C] (C = 1 gray, 3 RGB, 4 RGBA), values in 0..255.
+
+    Args:
+        array: the images.
+        name: images are called "name[index]".
+        key: what identifies the array; made from its bytes when None.
+
+    Raises:
+        ValueError: for another type or shape, or without images.
+    """
+
+    def __init__(self, array: np.ndarray, name: str = "array", key: dict | None = None):
+        if not _is_image_array(array):
+            raise ValueError(f"{name}: got {array.dtype} {list(array.shape)}; accepted are {ARRAY_SHAPES}, none empty")
+        self.array = array[..., 0] if array.ndim == 4 and array.shape[-1] == 1 else array
+        self.names = [f"{name}[{index}]" for index in range(len(array))]
+        self._key = key
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def read(self, index: int) -> Image.Image:
+        return Image.fromarray(np.ascontiguousarray(self.array[index]))
+
+    def key(self) -> dict:
+        if self._key is None:
+            digest = hashlib.sha256()
+            for image in self.array:
+                digest.update(np.ascontiguousarray(image))
+            self._key = {"kind": "array", "shape": list(self.array.shape), "sha256": digest.hexdigest()}
+        return self._key
+
+
+class HubImages:
+    """The images in one column of a `datasets.Dataset`, read as stored (not decoded by `datasets`).
+
+    Args:
+        dataset: one split.
+        name: images are called "name[row]".
+        column: a column of feature type `datasets.Image`; None for the only one.
+
+    Raises:
+        ValueError: when there is no such column, or several and none is named.
+    """
+
+    def __init__(self, dataset: "datasets.Dataset", name: str, column: str | None = None):
+        import datasets
+
+        columns = [key for key, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+        if column is None and len(columns) == 1:
+            column = columns[0]
+        if column not in columns:
+            raise ValueError(
+                f"image_column: got {column!r} for {name}, whose columns of images are {columns} "
+                f"(all columns: {list(dataset.features)}); accepted is a column of images, or None if there is just one"
+            )
+        if len(dataset) == 0:
+            raise ValueError(f"source: {name} has no rows; accepted is a split with images")
+        self.column = column
+        self.rows = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        self.names = [f"{name}[{index}]" for index in range(len(dataset))]
+        self._key = {"kind": "dataset", "name": name, "column": column, "fingerprint": dataset._fingerprint}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> bytes | Path:
+        value = self.rows[index][self.column]
+        if value is None or (value["bytes"] is None and value["path"] is None):
+            raise BadImageError(self.names[index], "no image in this row")
+        return value["bytes"] if value["bytes"] is not None else Path(value["path"])
+
+    def key(self) -> dict:
+        return self._key
+
+
+def open_source(
+    source: str | os.PathLike | np.ndarray,
+    *,
+    dataset_config: str | None = None,
+    split: str = "train",
+    image_column: str | None = None,
+    array_key: str | None = None,
+) -> ImageSource:
+    """Open a set of images. What `source` may be, in the order in which it is tried:
+
+    1. a uint8 array [N, H, W] or [N, H, W, C], C = 1, 3 or 4, values in 0..255;
+    2. the string "glyphs": the embedded letters, `draw_glyphs(size=64)` (for a folder of that name give a `Path`);
+    3. the path of a folder: its images and those of the folders below it;
+    4. the path of a .npy or .npz file with such an array. Of several arrays in a .npz the one named `array_key` is
+       taken, else "x_train", else the only one of such a shape;
+    5. any other string: a data set of the Hugging Face Hub, `datasets.load_dataset(source, dataset_config, split=…)`.
+
+    Args:
+        source: see above.
+        dataset_config: configuration of a Hub data set.
+        split: split of a Hub data set.
+        image_column: column of a Hub data set; None for the only one of feature type `datasets.Image`.
+        array_key: name of an array in a .npz file.
+
+    Raises:
+        ValueError: when `source` is none of these, has no images, or an option does not go with its kind.
+    """
+    hub_options = {"dataset_config": dataset_config, "image_column": image_column}
+    path = None if isinstance(source, np.ndarray) or source == "glyphs" else Path(source)
+    local = path is None or path.exists()
+    if local:
+        _refuse(hub_options, source, "a Hub data set")
+    if not (local and path is not None and path.suffix == ".npz"):
+        _refuse({"array_key": array_key}, source, "a .npz file")
+
+    if isinstance(source, np.ndarray):
+        return ArrayImages(source)
+    if path is None:
+        return ArrayImages(draw_glyphs(GLYPH_SIZE), "glyphs")
+    if path.is_dir():
+        return FolderImages(path)
+    if path.exists():
+        return _open_file(path, array_key)
+    if not isinstance(source, str) or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+        raise ValueError(
+            f"source: {str(source)!r} does not exist; accepted are a folder, a .npy or .npz file, 'glyphs' and the "
+            "name of a Hub data set"
+        )
+    return _open_hub(source, dataset_config, split, image_column)
+
+
+def _refuse(options: dict[str, str | None], source: object, kind: str) -> None:
+    for option, value in options.items():
+        if value is not None:
+            what = "an array" if isinstance(source, np.ndarray) else repr(str(source))
+            raise ValueError(f"{option}: got {value!r} for {what}; accepted for {kind} only")
+
+
+def _is_image_array(array: np.ndarray) -> bool:
+    shaped = array.ndim == 3 or (array.ndim == 4 and array.shape[-1] in (1, 3, 4))
+    return array.dtype == np.uint8 and shaped and array.size > 0
+
+
+def _open_file(path: Path, array_key: str | None) -> ArrayImages:
+    if path.suffix not in (".npy", ".npz"):
+        raise ValueError(f"source: {str(path)!r} is a file; accepted are a folder of images, a .npy and a .npz file")
+    stat = path.stat()
+    key = {"kind": "file", "path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    try:
+        array = _load_array(path)
+        if path.suffix == ".npz":
+            with array:
+                array_key, array = _choose_array(array, array_key, path)
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"source: {str(path)!r} cannot be read: {error}; accepted is a whole {path.suffix}") from error
+    return ArrayImages(array, str(path) + (f":{array_key}" if array_key else ""), key | {"array": array_key})
+
+
+def _load_array(path: Path):
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except ValueError as error:
+        raise OSError(f"not a whole array file without Python objects ({error})") from error
+    if isinstance(array, np.ndarray) != (path.suffix == ".npy"):
+        raise OSError("its content is not what its name says")
+    return array
+
+
+def _choose_array(arrays: np.lib.npyio.NpzFile, array_key: str | None, path: Path) -> tuple[str, np.ndarray]:
+    accepted = f"accepted is one of the arrays in {str(path)!r}: {sorted(arrays.files)}"
+    if array_key is None and "x_train" in arrays.files:
+        array_key = "x_train"
+    if array_key is not None:
+        if array_key not in arrays.files:
+            raise ValueError(f"array_key: got {array_key!r}; {accepted}")
+        return array_key, arrays[array_key]
+
+    found = {}
+    for key in arrays.files:
+        try:
+            array = arrays[key]
+        except ValueError:  # an array of Python objects, which is never unpickled
+            continue
+        if _is_image_array(array):
+            found[key] = array
+    if len(found) != 1:
+        raise ValueError(f"array_key: got None, but {len(found)} arrays are {ARRAY_SHAPES}; {accepted}")
+    return found.popitem()
+
+
+def _open_hub(name: str, config: str | None, split: str, column: str | None) -> HubImages:
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(name, config, split=split)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise ValueError(
+            f"source: {name!r} is not an existing path, and cannot be loaded as a Hub data set: {error}"
+        ) from error
+    return HubImages(dataset, ":".join(part for part in (name, config, split) if part), column)

@@ -1,0 +1,123 @@
+"""Folders that load anywhere: export a pipeline with its code, and load one without running code from it."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import ModelCard, ModelCardData, snapshot_download
+
+import pyrdiff.pipelines
+
+CARD = """
+# {title}
+
+{description}
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("PATH_OR_REPO", trust_remote_code=True)
+images = pipeline(batch_size=4).images
+```
+
+`trust_remote_code` is needed because the folder carries the pipeline's own code. Where pyrdiff is installed, none of it
+runs: `pyrdiff.load("PATH_OR_REPO")`.
+"""
+
+
+def export(
+    pipeline: DiffusionPipeline,
+    folder: str | os.PathLike,
+    *,
+    description: str = "An unconditional pixel-space diffusion model.",
+    max_shard_size: str | int | None = None,
+    license: str | None = None,
+) -> Path:
+    """
+    Writes a pipeline as a self-contained folder: safetensors weights, configs, source files and a model card.
+
+    It is written beside, loaded once, compared with what was saved, and only then takes the name `folder`, where it
+    replaces an earlier export.
+
+    Args:
+        pipeline: One of pyrdiff's pipelines, or any that saves its own code.
+        folder: Where to. An existing folder must be empty or an earlier export.
+        description: One paragraph for the model card.
+        max_shard_size: Largest weight file, e.g. "10MB"; by default one file up to diffusers' limit.
+        license: Licence identifier for the model card.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: if `folder` holds something else.
+        RuntimeError: if the written folder does not load to the same weights; `folder` is then as it was.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder / DiffusionPipeline.config_name).is_file() and any(folder.iterdir()):
+        raise ValueError(f"folder={str(folder)!r}: expected a new, an empty or an earlier exported folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
+    before = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        pipeline.save_pretrained(beside, safe_serialization=True, max_shard_size=max_shard_size)
+        data = ModelCardData(library_name="diffusers", pipeline_tag="unconditional-image-generation", license=license)
+        data.tags = ["pyrdiff", type(pipeline).__name__]
+        card = ModelCard(f"---\n{data.to_yaml()}\n---\n" + CARD.format(title=folder.name, description=description))
+        card.save(beside / "README.md")
+        _verify(pipeline, beside)
+        if folder.exists():
+            folder.rename(before)
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        if before.exists() and not folder.exists():
+            before.rename(folder)
+        shutil.rmtree(before, ignore_errors=True)
+    return folder
+
+
+def _verify(pipeline: DiffusionPipeline, folder: Path) -> None:
+    """Loads an export the way a user without pyrdiff does, and compares every weight."""
+    loaded = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, use_safetensors=True)
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module):
+            kept = loaded.components[name].state_dict()
+            for key, value in getattr(part, "_orig_mod", part).state_dict().items():
+                if not torch.equal(value.detach().cpu().float(), kept[key].float()):
+                    raise RuntimeError(f"{folder}: {name}.{key} was read back different from what was saved")
+
+
+def load(path_or_repo: str | os.PathLike, *, revision: str | None = None, **kwargs) -> DiffusionPipeline:
+    """
+    Loads an exported pipeline with the classes of the installed pyrdiff: code in the folder is neither fetched nor run.
+
+    Args:
+        path_or_repo: A local folder, or a repository on the Hub.
+        revision: Branch, tag or commit of the repository.
+        **kwargs: For `DiffusionPipeline.from_pretrained`, e.g. `torch_dtype`.
+
+    Raises:
+        ValueError: if there is no such folder, or it is not an export of one of pyrdiff's pipelines.
+    """
+    folder = Path(path_or_repo)
+    if not folder.is_dir():
+        if folder.exists() or str(path_or_repo).count("/") != 1:
+            raise ValueError(
+                f"path_or_repo={str(path_or_repo)!r}: expected a folder or a repository such as 'user/name'"
+            )
+        folder = Path(
+            snapshot_download(str(path_or_repo), revision=revision, allow_patterns=["*.json", "*.safetensors"])
+        )
+    index = folder / DiffusionPipeline.config_name
+    if not index.is_file():
+        raise ValueError(f"path_or_repo={str(path_or_repo)!r}: expected an exported pipeline, with {index.name} in it")
+    name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    name = name[1] if isinstance(name, list) and len(name) == 2 else name
+    if name not in pyrdiff.pipelines.__all__:
+        raise ValueError(f"{index}: _class_name is {name!r}; expected one of {pyrdiff.pipelines.__all__}")
+    return getattr(pyrdiff.pipelines, name).from_pretrained(folder, use_safetensors=True, **kwargs)

@@ -1,0 +1,5 @@
+"""Networks: custom diffusers models, each file usable on its own."""
+
+from .unet_coordinate import CoordinateUNet2DModel
+
+__all__ = ["CoordinateUNet2DModel"]

@@ -1,0 +1,1 @@
+"""Training: settings, the loop, losses, checkpoints. Knows a method by its description only, never by name."""

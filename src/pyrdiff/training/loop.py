@@ -1,0 +1,469 @@
+"""Training of any method, top to bottom: data, model, scheduler, prepare, loop, save."""
+
+import json
+import math
+import signal
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import accelerate
+import diffusers
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from tqdm import tqdm
+
+import pyrdiff
+from pyrdiff.data import ImageLevels, MultiScaleBatches, open_source
+from pyrdiff.data.seeds import seed_of
+
+from . import checkpoints
+from .losses import Draws
+from .method import Method
+from .previews import save_preview
+from .settings import TrainingDiverged, TrainingSettings, TrainingStopped
+
+
+@dataclass
+class DeviceBatch:
+    """What a loss sees: `images` [B, C, H, W] in [-1, 1]; `boxes` [B, 4] of patches in the whole image, or None."""
+
+    images: torch.Tensor
+    boxes: torch.Tensor | None
+
+
+def train(method: Method, settings: TrainingSettings) -> Path:
+    """
+    Trains a method on images, with checkpoints, and exports the finished pipeline.
+
+    Returns:
+        The exported folder, `output_dir/pipeline`.
+
+    Raises:
+        ValueError: for bad input, before any work.
+        TrainingStopped: after SIGTERM or SIGINT, a checkpoint saved.
+        TrainingDiverged: when the loss is not finite; the last finite checkpoint is kept.
+    """
+    clock = time.monotonic()
+    accelerator = Accelerator(
+        mixed_precision=settings.mixed_precision,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        log_with=settings.report_to,
+        project_dir=settings.output_dir,
+    )
+    folder = Path(settings.output_dir)
+    _check_folder(folder, settings)
+    if accelerator.is_main_process:
+        checkpoints.sweep_strays(folder)
+
+    # Data.
+    with accelerator.main_process_first():
+        source = open_source(
+            settings.train_data_dir or settings.dataset_name,
+            dataset_config=settings.dataset_config_name,
+            image_column=settings.image_column,
+            array_key=settings.array_key,
+        )
+        images = ImageLevels.build(
+            source,
+            settings.sizes,
+            channels=settings.image_channels,
+            background=settings.background,
+            on_bad_image=settings.on_bad_image,
+            cache_dir=settings.cache_dir,
+            progress=accelerator.is_main_process,
+        )
+    batches = MultiScaleBatches(
+        images,
+        settings.train_batch_size,
+        patch_size=settings.patch_size,
+        random_flip=settings.random_flip,
+        seed=settings.seed,
+        num_processes=accelerator.num_processes,
+        process_index=accelerator.process_index,
+        accumulation=settings.gradient_accumulation_steps,
+    )
+
+    # Model and scheduler.
+    torch.manual_seed(settings.seed)
+    network = method.model(settings, images.channels)
+    scheduler = method.scheduler(settings)
+    pipeline = method.pipeline(settings, network, scheduler, images)
+
+    # The loop, then save.
+    run = Run(method, settings, accelerator, folder, images, batches, network, scheduler, pipeline, clock)
+    run.fit()
+    return run.export()
+
+
+def _check_folder(folder: Path, settings: TrainingSettings) -> None:
+    """Refuses an output folder that is something else than a run of ours."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir={str(folder)!r}: expected a folder, found a file")
+    used = folder.is_dir() and any(folder.iterdir())
+    if used and not (folder / "settings.json").is_file() and not checkpoints.list_checkpoints(folder):
+        raise ValueError(f"output_dir={str(folder)!r}: expected a new, an empty or an earlier run's folder")
+    if used and settings.resume_from_checkpoint == "none" and checkpoints.list_checkpoints(folder):
+        raise ValueError(f"output_dir={str(folder)!r}: holds checkpoints; expected a new folder, or resume 'latest'")
+
+
+class Run:
+    """One training run: its parts and its progress."""
+
+    def __init__(self, method, settings, accelerator, folder, images, batches, network, scheduler, pipeline, clock):
+        self.method, self.settings, self.accelerator, self.folder = method, settings, accelerator, folder
+        self.images, self.batches, self.scheduler, self.pipeline = images, batches, scheduler, pipeline
+        self.network = network
+        self.clock, self.earlier_seconds = clock, 0.0
+        self.step, self.total_steps = 0, settings.max_train_steps
+        self.signal_number = 0
+        self.identity = {
+            "method": method.name,
+            "network": json.loads(network.to_json_string()),
+            "scheduler": json.loads(scheduler.to_json_string()),
+            "data": images.fingerprint,
+            "batch": [accelerator.num_processes * size for size in batches.batch_sizes],
+            "accumulation": settings.gradient_accumulation_steps,
+            "patch_size": settings.patch_size,
+            "random_flip": settings.random_flip,
+            "seed": settings.seed,
+        }
+
+        network.to(accelerator.device)
+        on_gpu = accelerator.device.type == "cuda"
+        channels_last = on_gpu if settings.channels_last is None else settings.channels_last
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        network.to(memory_format=self.memory_format)
+        self.parameters = list(network.parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            weight_decay=settings.adam_weight_decay,
+            eps=settings.adam_epsilon,
+            fused=accelerator.device.type in ("cpu", "cuda"),
+        )
+        self.ema = None
+        if settings.use_ema:
+            self.ema = EMAModel(
+                self.parameters,
+                decay=settings.ema_max_decay,
+                use_ema_warmup=True,
+                inv_gamma=settings.ema_inv_gamma,
+                power=settings.ema_power,
+                foreach=True,
+            )
+        self._resume()
+        compiled = torch.compile(network) if settings.compile else network
+        self.model, self.prepared_optimizer = accelerator.prepare(compiled, self.optimizer)
+
+    # Progress, time and rate.
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this run, earlier sessions included."""
+        return self.earlier_seconds + time.monotonic() - self.clock
+
+    def _learning_rate(self) -> float:
+        """The rate of the coming step, counted in optimiser steps; a pure function of step and total."""
+        spare = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=self.settings.learning_rate)
+        schedule = get_scheduler(
+            self.settings.lr_scheduler,
+            spare,
+            num_warmup_steps=min(self.settings.lr_warmup_steps, self.total_steps // 2),
+            num_training_steps=self.total_steps,
+        )
+        return self.settings.learning_rate * schedule.lr_lambdas[0](self.step)
+
+    def _plan_length(self, step_seconds: float, reserve: float) -> None:
+        """With a budget in minutes: as many steps as fit, agreed between the processes."""
+        left = self.settings.minutes * 60 - self.seconds - reserve
+        total = [max(self.step + 1, self.step + int(left / step_seconds))]
+        self.total_steps = broadcast_object_list(total)[0] if self.accelerator.num_processes > 1 else total[0]
+
+    def fit(self) -> None:
+        """Trains to the end. Raises `TrainingStopped` or `TrainingDiverged`."""
+        settings, accelerator = self.settings, self.accelerator
+        if accelerator.is_main_process:
+            self._open_folder()
+        accelerator.wait_for_everyone()
+        log = (self.folder / "log.jsonl").open("a", encoding="utf-8") if accelerator.is_main_process else None
+        bar = tqdm(total=self.total_steps, initial=self.step, disable=not accelerator.is_main_process, mininterval=2.0)
+        bar.set_description("training")
+        durations, reserve, unchecked = [], 5.0, None
+        budget = math.inf if settings.minutes is None else settings.minutes * 60
+        with self._signals():
+            while self.step < self.total_steps and (self.seconds < budget - reserve or self.step == 0):
+                began = time.monotonic()
+                rate = self._learning_rate()
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                level, statistics = self._optimise()
+                self.step += 1
+
+                # The step before is checked while this one is still running on a GPU: no waiting, one step late.
+                if unchecked is not None:
+                    self._check(*unchecked)
+                unchecked = (self.step, statistics)
+                saving = self.step % settings.checkpointing_steps == 0 or self.step >= self.total_steps
+                logging = self.step % settings.logging_steps == 0 or self.step >= self.total_steps
+                if accelerator.device.type == "cpu" or saving or logging or self.signal_number:
+                    loss, _, stop = self._check(*unchecked)
+                    unchecked = None
+                    if logging and log is not None:
+                        self._log(log, level, loss, rate, durations)
+                    if stop:
+                        self._save()
+                        raise TrainingStopped(int(stop), self.step)
+                if saving:
+                    self._save()
+                durations = [*durations[-99:], time.monotonic() - began]
+                bar.update()
+                if settings.save_images_steps and self.step % settings.save_images_steps == 0:
+                    before = time.monotonic()
+                    self._preview()
+                    reserve = max(reserve, 2 * (time.monotonic() - before) + 5.0)
+                rounds = self.step / len(settings.sizes)
+                if settings.minutes is not None and rounds >= 4 and rounds % 8 == 4:
+                    self._plan_length(sum(durations) / len(durations), reserve)
+                    bar.total = self.total_steps
+        if unchecked is not None:
+            self._check(*unchecked)
+        if checkpoints.list_checkpoints(self.folder)[-1:] != [self.folder / f"checkpoint-{self.step}"]:
+            self._save()
+        bar.close()
+        if log is not None:
+            log.close()
+        accelerator.end_training()
+
+    def _optimise(self) -> tuple[int, torch.Tensor]:
+        """One optimiser step. Returns the level and, on the device: loss, gradient norm, signal (over all processes)."""
+        settings, accelerator = self.settings, self.accelerator
+        losses = []
+        for micro in range(settings.gradient_accumulation_steps):
+            batch = self.batches.draw(self.step, micro)
+            images = batch.images.to(accelerator.device, non_blocking=True)
+            images = images.to(torch.float32, memory_format=self.memory_format).div_(127.5).sub_(1)
+            boxes = None if batch.boxes is None else batch.boxes.to(accelerator.device, non_blocking=True)
+            draws = Draws(
+                settings.seed,
+                self.step,
+                micro,
+                device=accelerator.device,
+                num_processes=accelerator.num_processes,
+                process_index=accelerator.process_index,
+            )
+            torch.manual_seed(seed_of(settings.seed, self.step, micro, accelerator.process_index))  # dropout only
+            with accelerator.accumulate(self.model):
+                device_batch = DeviceBatch(images, boxes)
+                loss = self.method.loss(self.model, self.scheduler, settings, device_batch, draws)
+                accelerator.backward(loss)
+                losses.append(loss.detach())
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.parameters, settings.max_grad_norm)
+                self.prepared_optimizer.step()
+                self.prepared_optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.step(self.parameters)
+        mean = torch.stack(losses).mean()
+        stop = torch.full_like(mean, self.signal_number)
+        if accelerator.num_processes > 1:
+            mean = accelerator.reduce(mean, "mean")
+            stop = accelerator.gather(stop[None]).max()
+        return batch.level, torch.stack((mean.float(), norm.float(), stop.float()))
+
+    def _check(self, step: int, statistics: torch.Tensor) -> list[float]:
+        """Reads a step's statistics; stops the run if they are not finite, after writing down the batch."""
+        loss, norm, stop = statistics.tolist()
+        fp16_skip = self.accelerator.scaler is not None and math.isfinite(loss)
+        if math.isfinite(loss) and (math.isfinite(norm) or fp16_skip):
+            return [loss, norm, stop]
+        batches = [self.batches.draw(step - 1, micro) for micro in range(self.settings.gradient_accumulation_steps)]
+        indices = [int(index) for batch in batches for index in batch.indices]
+        report = {
+            "step": step,
+            "seed": self.settings.seed,
+            "loss": repr(loss),
+            "gradient_norm": repr(norm),
+            "resolution": list(self.settings.sizes[batches[0].level]),
+            "images": [self.images.names[index] for index in indices],
+        }
+        path = self.folder / f"failure-{step}.json"
+        if self.accelerator.is_main_process:
+            path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        raise TrainingDiverged(
+            f"loss {loss}, gradient norm {norm} at step {step}: stopped; {path} names the batch, and the last checkpoint "
+            "is from before. A lower learning_rate often helps"
+        )
+
+    # Signals.
+
+    @contextmanager
+    def _signals(self):
+        """SIGTERM and Ctrl-C are noted, and acted on after the running step."""
+
+        def note(number, frame):
+            self.signal_number = number
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    # Checkpoints.
+
+    def _resume(self) -> None:
+        wanted = self.settings.resume_from_checkpoint
+        if wanted == "none":
+            return
+        if wanted == "latest":
+            path = checkpoints.newest_checkpoint(
+                self.folder, lambda damaged, reason: print(f"passing over {damaged}: {reason}", flush=True)
+            )
+            if path is None:
+                return
+        else:
+            path = Path(wanted)
+            if not path.is_dir():
+                raise ValueError(f"resume_from_checkpoint={wanted!r}: expected 'latest', 'none' or a checkpoint folder")
+        tensors, state = checkpoints.load_checkpoint(path)
+        for key, value in self.identity.items():
+            if state["identity"].get(key) != value:
+                raise ValueError(
+                    f"{path} was trained with {key}={_short(state['identity'].get(key))}, this run has {_short(value)}: "
+                    "expected the same, or another output_dir"
+                )
+        self.network.load_state_dict(tensors["model"])
+        self._load_optimizer(tensors["optimizer"])
+        if self.ema is not None:
+            if "ema" not in tensors:
+                raise ValueError(f"use_ema=True: {path} was trained without; expected use_ema=False")
+            shadow = [tensors["ema"][name] for name, _ in self.network.named_parameters()]
+            self.ema.load_state_dict({**state["ema"], "shadow_params": shadow})
+            self.ema.to(self.accelerator.device)
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.earlier_seconds = state["step"], state["seconds"]
+        if self.settings.minutes is not None:
+            self.total_steps = max(state["total_steps"], self.step + 1)
+        self.accelerator.print(f"resuming from {path}")
+
+    def _load_optimizer(self, tensors: dict[str, torch.Tensor]) -> None:
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in tensors.items():
+            index, key = name.split(".", 1)
+            state.setdefault(int(index), {})[key] = value
+        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            optimizer = self.optimizer.state_dict()["state"]
+            tensors = {
+                "model": self.network.state_dict(),
+                "optimizer": {f"{i}.{key}": value for i, part in optimizer.items() for key, value in part.items()},
+            }
+            state = {
+                "step": self.step,
+                "total_steps": self.total_steps,
+                "seconds": self.seconds,
+                "identity": self.identity,
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
+                "versions": {
+                    "pyrdiff": pyrdiff.__version__,
+                    "torch": torch.__version__,
+                    "diffusers": diffusers.__version__,
+                },
+            }
+            if self.ema is not None:
+                names = [name for name, _ in self.network.named_parameters()]
+                ema = self.ema.state_dict()
+                tensors["ema"] = dict(zip(names, ema.pop("shadow_params"), strict=True))
+                state["ema"] = ema
+            checkpoints.save_checkpoint(self.folder, self.step, tensors, state)
+            checkpoints.prune_checkpoints(self.folder, self.settings.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+
+    # What a person looks at.
+
+    def _open_folder(self) -> None:
+        """Writes the resolved settings and starts the trackers."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(asdict(self.settings), indent=2)
+        (self.folder / "settings.json").write_text(text + "\n", encoding="utf-8")
+        parameters = sum(p.numel() for p in self.parameters)
+        print(
+            f"{text}\n{len(self.images)} images ({len(self.images.bad)} skipped, {self.images.composited} with "
+            f"transparency laid on {tuple(self.settings.background)}, {self.images.enlarged} enlarged), "
+            f"{parameters / 1e6:.1f}M parameters, batches {self.batches.batch_sizes} x {self.accelerator.num_processes} "
+            f"processes on {self.accelerator.device}, {self.accelerator.mixed_precision} precision",
+            flush=True,
+        )
+        if self.settings.report_to:
+            values = {
+                k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in asdict(self.settings).items()
+            }
+            self.accelerator.init_trackers(self.method.name, config=values)
+
+    def _log(self, log, level: int, loss: float, rate: float, durations: list[float]) -> None:
+        values = {
+            "step": self.step,
+            "resolution": "{}x{}".format(*self.settings.sizes[level]),
+            "loss": loss,
+            "learning_rate": rate,
+            "seconds": round(self.seconds, 3),
+            "step_seconds": round(sum(durations) / max(1, len(durations)), 4),
+            "total_steps": self.total_steps,
+        }
+        log.write(json.dumps(values) + "\n")
+        log.flush()
+        if self.settings.report_to:
+            numbers = {key: value for key, value in values.items() if isinstance(value, (int, float))}
+            self.accelerator.log(numbers, step=self.step)
+
+    @contextmanager
+    def _averaged_weights(self):
+        """The network with its EMA weights, for sampling and for export."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(self.parameters)
+
+    def _preview(self) -> None:
+        if self.accelerator.is_main_process:
+            self.network.eval()
+            with self._averaged_weights(), self.accelerator.autocast():
+                path = self.folder / "samples" / f"step-{self.step:07d}.png"
+                save_preview(self.pipeline, path, self.settings.eval_batch_size, self.settings.seed)
+            self.network.train()
+        self.accelerator.wait_for_everyone()
+
+    def export(self) -> Path:
+        """The finished pipeline with the averaged weights, and a last sample grid."""
+        from pyrdiff import hub
+
+        target = self.folder / "pipeline"
+        if self.accelerator.is_main_process:
+            if self.settings.save_images_steps:
+                self._preview()
+            self.network.eval()
+            with self._averaged_weights():
+                description = f"{self.method.summary} Trained for {self.step} steps on {len(self.images)} images."
+                hub.export(self.pipeline, target, description=description)
+            print(f"saved {target} after {self.step} steps, {self.seconds / 60:.1f} minutes", flush=True)
+        return target
+
+
+def _short(value) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 80 else text[:77] + "..."

@@ -1,0 +1,35 @@
+"""Sample grids: the same samples at every level of a pipeline, low to high."""
+
+import os
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+
+def image_grid(rows: list[list[Image.Image]], cell: int | None = None, gap: int = 2) -> Image.Image:
+    """
+    Rows of images on white, each scaled (nearest) to fit `cell` pixels; by default the largest image's longer side.
+    """
+    cell = cell or max(max(image.size) for row in rows for image in row)
+    mode = rows[0][0].mode
+    columns = max(len(row) for row in rows)
+    canvas = Image.new(mode, (columns * (cell + gap) + gap, len(rows) * (cell + gap) + gap), "white")
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            scale = cell / max(image.size)
+            image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.NEAREST)
+            canvas.paste(image, (gap + x * (cell + gap), gap + y * (cell + gap)))
+    return canvas
+
+
+def save_preview(pipeline, path: Path, count: int, seed: int) -> None:
+    """Samples `count` images with a fixed seed and writes them as a grid, a row for each level if there are several."""
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed + index) for index in range(count)]
+    output = pipeline(batch_size=count, generator=generators, return_levels=True)
+    pipeline.set_progress_bar_config(disable=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}.png")
+    image_grid(output.levels).save(beside)
+    beside.replace(path)

@@ -1,0 +1,147 @@
+"""The flags that every training script has, named as in diffusers' `train_unconditional.py`."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+EXIT_BAD_INPUT = 2
+EXIT_DIVERGED = 3
+
+
+class TrainingStopped(Exception):
+    """A signal ended training after a checkpoint was saved; the exit code is 128 + its number."""
+
+    def __init__(self, signal_number: int, step: int):
+        super().__init__(f"stopped by signal {signal_number} after step {step}; the same command resumes")
+        self.exit_code = 128 + signal_number
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient was not finite."""
+
+
+@dataclass(kw_only=True)
+class TrainingSettings:
+    """Flags of every training script."""
+
+    train_data_dir: str | None = None
+    """Folder of images (searched recursively), an .npz or .npy array, or "glyphs" for the embedded letters."""
+    dataset_name: str | None = None
+    """Data set on the Hub, instead of a folder."""
+    dataset_config_name: str | None = None
+    """Configuration of that data set."""
+    image_column: str | None = None
+    """Its image column; by default the only one."""
+    array_key: str | None = None
+    """The array to take from an .npz file; by default the only one of images, or x_train."""
+    output_dir: str = "runs/model"
+    """Checkpoints, samples, log.jsonl, and the finished pipeline in its folder `pipeline`."""
+    image_channels: Literal[1, 3] = 3
+    """3 for colour, 1 for gray."""
+    background: tuple[int, int, int] = (255, 255, 255)
+    """Colour (0 to 255) that transparent images are laid on."""
+    on_bad_image: Literal["stop", "skip"] = "stop"
+    """What to do with a file that cannot be read: stop, or name it and go on."""
+    cache_dir: str | None = None
+    """Keep the decoded images here, memory-mapped, instead of in memory."""
+    random_flip: bool = False
+    """Mirror half of the images left to right."""
+    train_batch_size: int = 48
+    """Images a step and process at the lowest resolution; higher ones get fewer, so that the pixels stay the same."""
+    max_train_steps: int = 10_000
+    """Optimiser steps."""
+    minutes: float | None = None
+    """Instead of max_train_steps: train as many steps as fit, and be saved within this time."""
+    gradient_accumulation_steps: int = 1
+    """Batches added up to one optimiser step."""
+    learning_rate: float = 1e-4
+    lr_scheduler: Literal["cosine", "constant", "constant_with_warmup", "linear"] = "cosine"
+    lr_warmup_steps: int = 100
+    """Optimiser steps over which the rate rises from 0."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_weight_decay: float = 1e-6
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    use_ema: bool = True
+    """Sample with and publish an exponential moving average of the weights."""
+    ema_max_decay: float = 0.9999
+    ema_inv_gamma: float = 1.0
+    ema_power: float = 0.75
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """By default what `accelerate config` says."""
+    channels_last: bool | None = None
+    """Memory layout of the network; by default on GPUs, where it is the faster one."""
+    compile: bool = False
+    """torch.compile the network: worth it for runs of an hour and more."""
+    checkpointing_steps: int = 500
+    """Optimiser steps between checkpoints."""
+    checkpoints_total_limit: int = 2
+    """Checkpoints kept."""
+    resume_from_checkpoint: str = "latest"
+    """"latest" (the newest that verifies, or a fresh start), a checkpoint folder, or "none" (refuses a used folder)."""
+    save_images_steps: int = 1000
+    """Optimiser steps between sample grids; 0 for none."""
+    eval_batch_size: int = 8
+    """Images in a sample grid."""
+    logging_steps: int = 10
+    """Optimiser steps between lines of log.jsonl."""
+    report_to: str | None = None
+    """Tracker of accelerate beside log.jsonl: tensorboard, wandb, comet_ml, all ..."""
+    seed: int = 0
+
+    def __post_init__(self):
+        if (self.train_data_dir is None) == (self.dataset_name is None):
+            raise ValueError("expected one of train_data_dir and dataset_name")
+        for name in ("train_batch_size", "max_train_steps", "gradient_accumulation_steps", "checkpointing_steps"):
+            self._check(name, getattr(self, name) >= 1, "1 or more")
+        for name in ("checkpoints_total_limit", "eval_batch_size", "logging_steps"):
+            self._check(name, getattr(self, name) >= 1, "1 or more")
+        for name in ("lr_warmup_steps", "save_images_steps", "seed", "adam_weight_decay"):
+            self._check(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
+            self._check(name, 0 < getattr(self, name) < float("inf"), "a number above 0")
+        for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
+            self._check(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+        self._check("minutes", self.minutes is None or 0 < self.minutes < float("inf"), "a number above 0")
+        self._check("background", all(0 <= value <= 255 for value in self.background), "numbers from 0 to 255")
+
+    def _check(self, name: str, good: bool, expected: str) -> None:
+        if not good:
+            raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")
+
+
+S = TypeVar("S")
+
+
+def parse(settings: type[S], description: str, args: list[str] | None = None) -> S:
+    """Settings from the command line. Prints one line and exits with 2 for an unknown flag or a bad value."""
+    import tyro
+
+    try:
+        return tyro.cli(
+            settings, args=args, description=description, use_underscores=True, config=(tyro.conf.FlagConversionOff,)
+        )
+    except ValueError as error:
+        _exit(error, EXIT_BAD_INPUT)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a script's main function; what a user can mend is one line on stderr and an exit code, not a traceback."""
+    from .checkpoints import CheckpointError
+
+    try:
+        main()
+    except TrainingStopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)
+    except TrainingDiverged as error:
+        _exit(error, EXIT_DIVERGED)
+    except (ValueError, CheckpointError) as error:
+        _exit(error, EXIT_BAD_INPUT)
+
+
+def _exit(error: Exception, code: int):
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,85 @@
+"""Spectra against closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pyrdiff.data import ImageLevels, detail_spectra, radial_covariance
+
+
+@pytest.mark.parametrize("height, width", [(32, 32), (16, 24), (7, 12)])
+def test_white_noise_has_its_variance_in_every_bin(height, width):
+    noise = 0.5 * torch.randn(2000, 2, height, width, generator=torch.Generator().manual_seed(0))
+    noise[:, 1] = 0.6 * noise[:, 0] + 0.8 * noise[:, 1]
+    covariance = radial_covariance(noise)
+    assert covariance.shape == (max(height, width) // 2 + 1, 2, 2)
+    expected = torch.tensor([[0.25, 0.15], [0.15, 0.25]], dtype=torch.float64)
+    assert torch.allclose(covariance, expected.expand_as(covariance), rtol=0.08)
+
+
+@pytest.mark.parametrize("height, width, fy, fx", [(16, 16, 0, 3), (16, 16, 3, 4), (16, 24, 2, 2), (16, 16, 8, 8)])
+def test_a_wave_is_in_its_bin(height, width, fy, fx):
+    rows, columns = torch.arange(height)[:, None] / height, torch.arange(width) / width
+    wave = torch.cos(2 * math.pi * (fy * rows + fx * columns))[None, None]
+    power = radial_covariance(wave)[:, 0, 0]
+    expected = min(round(math.hypot(fy, fx)), max(height, width) // 2)
+    assert power.argmax() == expected
+    assert power.sum() - power[expected] < 1e-9
+
+
+def test_power_adds_up():
+    """Parseval: bins weighted by how many frequencies they hold give the mean square."""
+    images = torch.rand(3, 2, 10, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    counts = torch.zeros(8, dtype=torch.float64)
+    for fy in [*range(5), *range(-5, 0)]:
+        for fx in [*range(7), *range(-7, 0)]:
+            counts[min(round(math.hypot(fy, fx)), 7)] += 1
+    trace = radial_covariance(images).diagonal(dim1=1, dim2=2).sum(1)
+    assert torch.isclose((trace * counts).sum() / (10 * 14 * 2), images.square().mean())
+
+
+def test_wrong_input():
+    for images in (torch.zeros(3, 8, 8), torch.zeros(1, 1, 8, 8, dtype=torch.uint8), torch.zeros(0, 1, 8, 8)):
+        with pytest.raises(ValueError, match="^images: got"):
+            radial_covariance(images)
+
+
+def make_levels(count: int = 100) -> ImageLevels:
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(0, 256, (count, *size, 3), dtype=np.uint8) for size in [(4, 6), (8, 12), (16, 24)]]
+    return ImageLevels([(4, 6), (8, 12), (16, 24)], arrays, [str(index) for index in range(count)])
+
+
+def test_detail_is_what_upsampling_lacks():
+    levels = make_levels()
+    spectra = detail_spectra(levels)
+    assert [len(spectrum) for spectrum in spectra] == [7, 13]
+    for level, spectrum in enumerate(spectra, start=1):
+        below, here = (
+            torch.from_numpy(levels.arrays[index]).permute(0, 3, 1, 2).double() / 127.5 - 1
+            for index in (level - 1, level)
+        )
+        upsampled = F.interpolate(below, levels.sizes[level], mode="bicubic", align_corners=False)
+        assert torch.allclose(
+            torch.tensor(spectrum).double(), radial_covariance(here - upsampled), rtol=1e-4, atol=1e-6
+        )
+        values = [value for matrix in spectrum for row in matrix for value in row]
+        assert all(value == float(f"{value:.6g}") for value in values)
+
+
+def test_flat_images_have_no_detail():
+    arrays = [np.full((3, side, side, 1), 77, np.uint8) for side in (4, 8)]
+    (spectrum,) = detail_spectra(ImageLevels([4, 8], arrays, list("abc")))
+    assert torch.tensor(spectrum).abs().max() < 1e-10
+
+
+def test_a_sample_is_chosen_by_seed():
+    levels = make_levels()
+    assert detail_spectra(levels, 10) == detail_spectra(levels, 10)
+    assert detail_spectra(levels, 10) != detail_spectra(levels, 10, seed=1)
+    assert detail_spectra(levels, 10) != detail_spectra(levels)
+    with pytest.raises(ValueError, match="^max_images: got 0"):
+        detail_spectra(levels, 0)
