@@ -8,6 +8,7 @@ Writes every image, and pyramid.png: each level of the same samples, with its st
 
 import argparse
 import time
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 PLANS = {
@@ -82,10 +83,9 @@ def main() -> None:
     began = time.perf_counter()
     output = pipeline(options.batch_size, generator=generators, return_levels=True, callback_on_step_end=tick, **chosen)
 
-    ends = [began]
-    for level in plan.levels:
-        ends.append(ticks[sum(len(earlier.timesteps) for earlier in plan.levels[: len(ends)]) - 1])
-    seconds = [end - start for start, end in zip(ends, ends[1:], strict=False)]
+    calls = accumulate(len(level.timesteps) for level in plan.levels)
+    ends = [began, *(ticks[count - 1] for count in calls)]
+    seconds = [end - start for start, end in pairwise(ends)]
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     for index, image in enumerate(output.images):

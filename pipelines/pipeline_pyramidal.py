@@ -287,7 +287,7 @@ class PyramidalPipeline(DiffusionPipeline):
             raise ValueError(f"resolutions={resolutions}: expected a list of sizes, low to high, such as [16, 32, 64]")
         sizes = []
         for size in resolutions:
-            pair = (size, size) if isinstance(size, int) else tuple(size)
+            pair = tuple(size) if isinstance(size, Sequence) else (size, size)
             if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
                 raise ValueError(f"resolutions={list(resolutions)}: expected whole numbers or (height, width) pairs")
             sizes.append(pair)
@@ -320,8 +320,8 @@ class PyramidalPipeline(DiffusionPipeline):
         if steps > strength * train_steps:
             name = "num_inference_steps" if index == 0 else "refine_steps"
             raise ValueError(
-                f"{name}={calls}: expected at most {int(strength * train_steps)}, the training steps up to that level's "
-                f"noise (strength {strength})"
+                f"{name}={calls}: expected at most {int(strength * train_steps)}, the training steps up to the noise "
+                f"that the level starts from (strength {strength})"
             )
         if spacing == "scheduler":
             # Respaced so that the level's steps are the last ones of a full schedule and begin at the strength.
@@ -338,8 +338,8 @@ class PyramidalPipeline(DiffusionPipeline):
         else:
             if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
                 raise ValueError(
-                    f"spacing={spacing!r}: {type(scheduler).__name__} places its steps itself; expected 'scheduler', or a "
-                    "scheduler whose `set_timesteps` takes `timesteps`, such as DPMSolverMultistepScheduler"
+                    f"spacing={spacing!r}: {type(scheduler).__name__} places its steps itself; expected 'scheduler' "
+                    "or a scheduler whose `set_timesteps` takes `timesteps`, such as DPMSolverMultistepScheduler"
                 )
             if spacing == "log_snr":
                 times = self._log_snr_times(scheduler.alphas_cumprod, steps, strength)
@@ -432,8 +432,11 @@ class PyramidalPipeline(DiffusionPipeline):
                 source = Path(inspect.getfile(part_class))
                 shutil.copyfile(source, folder / name / source.name)
                 index[name or "_class_name"] = [source.stem, part_class.__name__]
-        index.pop("_module", None)
         (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        for path in [folder / self.config_name, *folder.glob("*/*config.json")]:  # no trace of where it was loaded from
+            config = json.loads(path.read_text(encoding="utf-8"))
+            config = {key: value for key, value in config.items() if key not in ("_name_or_path", "_module")}
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if push_to_hub:
             self.push_to_hub(hub_arguments.pop("repo_id", folder.name), **hub_arguments)
 

@@ -13,8 +13,8 @@ def radial_covariance(images: torch.Tensor) -> torch.Tensor:
     """Covariance over channels by spatial frequency; white noise of covariance V gives V in every bin.
 
     The real part of FFT2 · FFT2* / (H·W), averaged over images and over those frequencies whose radius √(fy² + fx²),
-    with fy and fx in whole cycles per image, rounds to the bin's number. The corners' higher frequencies are in the last
-    bin. The diagonal is the power of each channel.
+    with fy and fx in whole cycles per image, rounds to the bin's number. The corners' higher frequencies are in the
+    last bin. The diagonal is the power of each channel.
 
     Args:
         images: float [N, C, H, W].

@@ -69,8 +69,8 @@ def build_model(settings: PyramidalSettings, channels: int):
     for height, width in seen:
         if height % multiple or width % multiple:
             raise ValueError(
-                f"resolution {height}x{width}: expected sides that are multiples of {multiple}, since this network halves "
-                f"them {len(network.config.block_out_channels) - 1} times (preset={settings.preset!r})"
+                f"resolution {height}x{width}: expected sides that are multiples of {multiple}, since this network "
+                f"halves them {len(network.config.block_out_channels) - 1} times (preset={settings.preset!r})"
             )
     return network
 

@@ -183,7 +183,7 @@ class CoordinateUNet2DModel(UNet2DModel):
         return torch.stack((angles.sin(), angles.cos()), dim=3).flatten(1, 3)
 
     def _encoding(self, sample: torch.Tensor, coordinates: torch.Tensor | None) -> torch.Tensor:
-        """The encoded grid for `sample`, [1 or B, 4L, H, W]; the last one is kept, so that a sampling loop pays once."""
+        """The encoded grid for `sample`, [1 or B, 4L, H, W]; the last one is kept: a sampling loop pays once."""
         height, width = sample.shape[-2:]
         key = (height, width, sample.device, sample.dtype)
         compiling = torch.compiler.is_compiling()

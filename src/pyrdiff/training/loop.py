@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import accelerate
 import diffusers
 import torch
 from accelerate import Accelerator
@@ -241,7 +240,7 @@ class Run:
         accelerator.end_training()
 
     def _optimise(self) -> tuple[int, torch.Tensor]:
-        """One optimiser step. Returns the level and, on the device: loss, gradient norm, signal (over all processes)."""
+        """One optimiser step. Returns the level and, on the device, [loss, gradient norm, signal] of all processes."""
         settings, accelerator = self.settings, self.accelerator
         losses = []
         for micro in range(settings.gradient_accumulation_steps):
@@ -296,8 +295,8 @@ class Run:
         if self.accelerator.is_main_process:
             path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         raise TrainingDiverged(
-            f"loss {loss}, gradient norm {norm} at step {step}: stopped; {path} names the batch, and the last checkpoint "
-            "is from before. A lower learning_rate often helps"
+            f"loss {loss}, gradient norm {norm} at step {step}: stopped; {path} names the batch, and the last "
+            "checkpoint is from before. A lower learning_rate often helps"
         )
 
     # Signals.
@@ -336,7 +335,7 @@ class Run:
         for key, value in self.identity.items():
             if state["identity"].get(key) != value:
                 raise ValueError(
-                    f"{path} was trained with {key}={_short(state['identity'].get(key))}, this run has {_short(value)}: "
+                    f"{path} has {key}={_short(state['identity'].get(key))}, this run has {_short(value)}; "
                     "expected the same, or another output_dir"
                 )
         self.network.load_state_dict(tensors["model"])
@@ -400,8 +399,8 @@ class Run:
         print(
             f"{text}\n{len(self.images)} images ({len(self.images.bad)} skipped, {self.images.composited} with "
             f"transparency laid on {tuple(self.settings.background)}, {self.images.enlarged} enlarged), "
-            f"{parameters / 1e6:.1f}M parameters, batches {self.batches.batch_sizes} x {self.accelerator.num_processes} "
-            f"processes on {self.accelerator.device}, {self.accelerator.mixed_precision} precision",
+            f"{parameters / 1e6:.1f}M parameters, batches {self.batches.batch_sizes} in each of "
+            f"{self.accelerator.num_processes} processes on {self.accelerator.device}, {self.accelerator.mixed_precision} precision",
             flush=True,
         )
         if self.settings.report_to:

@@ -1,0 +1,348 @@
+import inspect
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
+from oracles import GaussianNoisePredictor, natural_spectrum, octave_power
+
+from pyrdiff import CoordinateUNet2DModel, PyramidalPipeline
+from pyrdiff.data import radial_covariance
+
+LINEAR = dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
+SCHEDULERS = {
+    "ddpm": lambda: DDPMScheduler(),
+    "ddim": lambda: DDIMScheduler(),
+    "dpm-solver++": lambda: DPMSolverMultistepScheduler(),
+    "dpm-solver++ sde": lambda: DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"),
+    "unipc": lambda: UniPCMultistepScheduler(),
+    "deis": lambda: DEISMultistepScheduler(),
+    "heun": lambda: HeunDiscreteScheduler(**LINEAR),
+    "euler": lambda: EulerDiscreteScheduler(**LINEAR),
+    "euler ancestral": lambda: EulerAncestralDiscreteScheduler(**LINEAR),
+}
+TINY = dict(
+    block_out_channels=(8, 8),
+    down_block_types=("DownBlock2D", "DownBlock2D"),
+    up_block_types=("UpBlock2D", "UpBlock2D"),
+    layers_per_block=1,
+    norm_num_groups=4,
+)
+
+
+def network(seed: int = 0, **changes) -> CoordinateUNet2DModel:
+    torch.manual_seed(seed)
+    return CoordinateUNet2DModel(**{**TINY, "resolutions": (4, 8, 16), "image_channels": 1, **changes}).eval()
+
+
+def quiet(*parts, **named) -> PyramidalPipeline:
+    pipeline = PyramidalPipeline(*parts, **named)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def generators(count: int, first: int = 0) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(first + index) for index in range(count)]
+
+
+# Oracles: Gaussian images, whose best noise prediction is a closed form.
+
+
+def gaussian_images(count: int, size: int, generator: torch.Generator) -> torch.Tensor:
+    waves = torch.fft.fft2(torch.randn(count, 1, size, size, generator=generator, dtype=torch.float64))
+    return torch.fft.ifft2(waves * natural_spectrum(size, size).sqrt()).real.float()
+
+
+def gaussian_detail_spectra(sizes=(16, 32)) -> dict:
+    """What enlarging loses, measured on the images themselves; the lower level is the ideal low-pass of the higher."""
+    spectra, generator = {}, torch.Generator().manual_seed(0)
+    for size in sizes:
+        images = gaussian_images(500, size, generator)
+        waves = torch.fft.fftshift(torch.fft.fft2(images))[..., size // 4 : -size // 4, size // 4 : -size // 4] / 4
+        below = torch.fft.ifft2(torch.fft.ifftshift(waves)).real
+        lost = images - F.interpolate(below, (size, size), mode="bicubic", align_corners=False)
+        spectra[f"{size}x{size}"] = radial_covariance(lost).tolist()
+    return spectra
+
+
+ORACLES = {
+    "ddpm": (DDPMScheduler(clip_sample=False), dict(num_inference_steps=250), dict(refine_steps=50)),
+    "dpm-solver++": (DPMSolverMultistepScheduler(), dict(num_inference_steps=20), dict(refine_steps=10)),
+    "heun": (HeunDiscreteScheduler(**LINEAR), dict(num_inference_steps=59), dict(refine_steps=29)),
+}
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_one_level_has_the_right_spectrum(name):
+    scheduler, steps, _ = ORACLES[name]
+    pipeline = quiet(GaussianNoisePredictor(), scheduler)
+    output = pipeline(
+        400, [32], **steps, spacing="log_snr", output_type="latent", generator=torch.Generator().manual_seed(1)
+    )
+    assert octave_power(output.images) == pytest.approx([1] * 5, abs=0.13)
+
+
+@pytest.mark.parametrize("name", ORACLES)
+def test_a_pyramid_has_the_right_spectrum(name):
+    scheduler, steps, refine = ORACLES[name]
+    pipeline = quiet(GaussianNoisePredictor(), scheduler)
+    arguments = dict(spacing="log_snr", output_type="latent", generator=torch.Generator().manual_seed(1))
+    output = pipeline(300, [8, 16, 32], **steps, **refine, **arguments)
+    assert octave_power(output.images) == pytest.approx([1] * 5, abs=0.17)
+
+
+def test_the_matched_jump_brings_the_details_back():
+    """With few steps above, the white jump loses power in every octave but the first; the matched one much less."""
+    pipeline = quiet(GaussianNoisePredictor(), DPMSolverMultistepScheduler(), detail_spectra=gaussian_detail_spectra())
+    lost = {}
+    for jump in ("white", "matched"):
+        arguments = dict(spacing="log_snr", output_type="latent", generator=torch.Generator().manual_seed(1))
+        output = pipeline(400, [8, 16, 32], 20, 5, stage_jump=jump, **arguments)
+        lost[jump] = sum(abs(power - 1) for power in octave_power(output.images)[1:])
+    assert lost["matched"] < 0.6 * lost["white"]
+
+
+def test_detail_noise_has_the_given_covariance():
+    covariance = [[[k + 1.0, 0.5, 0.0], [0.5, 1.0, 0.2], [0.0, 0.2, 0.3]] for k in range(9)]
+    pipeline = quiet(network(image_channels=3), DDPMScheduler(), detail_spectra={"16x16": covariance})
+    noise = pipeline._detail_noise((2000, 3, 16, 16), (16, 16), torch.Generator().manual_seed(0), "cpu")
+    assert torch.allclose(radial_covariance(noise), torch.tensor(covariance).double(), atol=0.25, rtol=0.06)
+
+
+# Stock diffusers as the reference.
+
+
+def test_one_level_is_the_stock_pipeline():
+    unet = network(resolutions=(8,))
+    expected = DDPMPipeline(unet, DDPMScheduler())
+    expected.set_progress_bar_config(disable=True)
+    expected = expected(3, num_inference_steps=7, output_type="pt", generator=torch.Generator().manual_seed(3)).images
+    pipeline = quiet(unet, DDPMScheduler())
+    images = pipeline(3, [8], 7, output_type="pt", generator=torch.Generator().manual_seed(3)).images
+    assert torch.allclose(images, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_one_level_is_the_stock_loop(name):
+    unet, scheduler = network(), SCHEDULERS[name]()
+    scheduler.set_timesteps(6)
+    generator = torch.Generator().manual_seed(5)
+    latents = torch.randn(2, 1, 8, 8, generator=generator) * scheduler.init_noise_sigma
+    extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            prediction = unet(scheduler.scale_model_input(latents, timestep), timestep).sample
+            latents = scheduler.step(prediction, timestep, latents, **extra).prev_sample
+    calls = len(scheduler.timesteps)
+    pipeline = quiet(unet, SCHEDULERS[name]())
+    output = pipeline(2, [8], calls, output_type="latent", generator=torch.Generator().manual_seed(5))
+    assert torch.allclose(output.images, latents, atol=1e-5)
+
+
+# Properties that every scheduler has.
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_calls_per_level_and_plan(name):
+    unet = network()
+    sizes = []
+    unet.register_forward_pre_hook(lambda module, arguments: sizes.append(arguments[0].shape[-1]))
+    pipeline = quiet(unet, SCHEDULERS[name]())
+    plan = pipeline.plan(num_inference_steps=7, refine_steps=[5, 3], refine_strength=0.4)
+    pipeline(1, num_inference_steps=7, refine_steps=[5, 3], refine_strength=0.4)
+    assert [sizes.count(side) for side in (4, 8, 16)] == [7, 5, 3] == [len(level.timesteps) for level in plan.levels]
+    assert plan.network_calls == pipeline.num_timesteps == 15
+    assert plan.nfe_eq == pytest.approx(7 / 16 + 5 / 4 + 3)
+    for level in plan.levels[1:]:
+        assert 100 <= level.timesteps[0] <= 400, "a refinement begins at or just below its strength"
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_an_image_does_not_depend_on_its_batch(name):
+    pipeline = quiet(network(), SCHEDULERS[name](), DPMSolverMultistepScheduler())
+    together = pipeline(3, num_inference_steps=5, refine_steps=2, output_type="pt", generator=generators(3)).images
+    for index in range(3):
+        alone = pipeline(
+            1, num_inference_steps=5, refine_steps=2, output_type="pt", generator=generators(1, index)
+        ).images
+        assert (together[index] - alone[0]).abs().max() <= 1 / 255
+
+
+def test_noise_per_generator_is_bit_for_bit():
+    """A network that predicts nothing leaves only the noise."""
+    unet = network()
+    for parameter in unet.conv_out.parameters():
+        parameter.data.zero_()
+    pipeline = quiet(unet, DDPMScheduler())
+    arguments = dict(num_inference_steps=3, refine_steps=2, output_type="latent")
+    together = pipeline(2, generator=generators(2), **arguments).images
+    assert torch.equal(together[1], pipeline(1, generator=generators(1, 1), **arguments).images[0])
+
+
+def test_the_jump_is_enlarging_and_eq_2():
+    """One refinement step from a known image: undo the step's input by hand."""
+    seen = []
+    unet = network(resolutions=(4, 8))
+    unet.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].clone()))
+    scheduler = DDIMScheduler(clip_sample=False)
+    pipeline = quiet(unet, scheduler)
+    low = {}
+
+    def keep(pipe, step, timestep, tensors):
+        low.setdefault(step, tensors["latents"])
+
+    plan = pipeline.plan(num_inference_steps=2, refine_steps=1)
+    pipeline(1, num_inference_steps=2, refine_steps=1, generator=generators(1), callback_on_step_end=keep)
+    alpha = scheduler.alphas_cumprod[int(plan.levels[1].timesteps[0])]
+    enlarged = F.interpolate(low[1], (8, 8), mode="bicubic", align_corners=False)
+    noise = torch.Generator().manual_seed(0)
+    torch.randn(1, 1, 4, 4, generator=noise)
+    noise = torch.randn(1, 1, 8, 8, generator=noise)
+    assert torch.allclose(seen[2], alpha.sqrt() * enlarged + (1 - alpha).sqrt() * noise, atol=1e-6)
+
+
+# What a user asks for.
+
+
+def test_the_network_is_told_the_window():
+    boxes = []
+    unet = network()
+    forward = unet.forward
+    unet.forward = lambda sample, t, coordinates=None, **kw: (
+        boxes.append(coordinates) or forward(sample, t, coordinates, **kw)
+    )
+    quiet(unet, DDIMScheduler())(2, num_inference_steps=1, refine_steps=1, box=(0.25, 0.5, 0.75, 1.0))
+    for grid, size in zip(boxes, (4, 8, 16), strict=True):
+        expected = CoordinateUNet2DModel.coordinate_grid(size, size, (0.25, 0.5, 0.75, 1.0))
+        assert grid.shape == (2, 2, size, size) and torch.equal(grid[1], expected)
+
+
+def test_a_plain_unet_works():
+    torch.manual_seed(0)
+    unet = UNet2DModel(in_channels=3, out_channels=3, sample_size=16, **TINY)
+    output = quiet(unet, DDIMScheduler())(1, [(4, 6), (8, 12)], 2, 1, output_type="pt", return_levels=True)
+    assert [tuple(level.shape) for level in output.levels] == [(1, 3, 4, 6), (1, 3, 8, 12)]
+    assert quiet(unet, DDIMScheduler())(1, num_inference_steps=1, output_type="np").images.shape == (1, 16, 16, 3)
+
+
+def test_any_size_and_any_increase():
+    pipeline = quiet(network(), DDIMScheduler())
+    plan = pipeline.plan([5, (9, 11), (16, 20)], 2, 1)
+    assert [level.network_size for level in plan.levels] == [(6, 6), (10, 12), (16, 20)]
+    output = pipeline(1, [5, (9, 11), (16, 20)], 2, 1, output_type="pt", return_levels=True)
+    assert [tuple(level.shape[-2:]) for level in output.levels] == [(5, 5), (9, 11), (16, 20)]
+
+
+def test_output_types():
+    pipeline = quiet(network(), DDIMScheduler())
+    outputs = {
+        kind: pipeline(2, num_inference_steps=2, refine_steps=1, generator=generators(2), output_type=kind).images
+        for kind in ("pil", "np", "pt", "latent")
+    }
+    assert torch.equal(outputs["pt"], (outputs["latent"] / 2 + 0.5).clamp(0, 1))
+    assert np.array_equal(outputs["np"], outputs["pt"].permute(0, 2, 3, 1).numpy())
+    assert outputs["pil"][0].size == (16, 16) and outputs["pil"][0].mode == "L"
+    assert np.array_equal(np.asarray(outputs["pil"][1]), (outputs["np"][1, :, :, 0] * 255).round().astype(np.uint8))
+    images, levels = pipeline(2, num_inference_steps=2, refine_steps=1, output_type="pt", return_dict=False)
+    assert images.shape == (2, 1, 16, 16) and levels is None
+
+
+def test_callback_changes_latents_and_interrupt_ends_the_run():
+    pipeline, steps = quiet(network(), DDIMScheduler()), []
+
+    def zero(pipe, step, timestep, tensors):
+        steps.append(step)
+        return {"latents": torch.zeros_like(tensors["latents"])}
+
+    output = pipeline(1, num_inference_steps=2, refine_steps=2, callback_on_step_end=zero, output_type="latent")
+    assert steps == [0, 1, 2, 3, 4, 5] and not output.images.any()
+
+    def stop(pipe, step, timestep, tensors):
+        pipe._interrupt = step == 1
+
+    calls = []
+    pipeline.unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    pipeline(1, num_inference_steps=2, refine_steps=2, callback_on_step_end=stop)
+    assert len(calls) == 2
+
+
+def test_one_progress_bar_over_all_levels(capfd):
+    PyramidalPipeline(network(), DDIMScheduler())(1, num_inference_steps=3, refine_steps=2)
+    assert "7/7" in capfd.readouterr().err
+
+
+def test_the_schedulers_are_used_where_they_belong():
+    times = []
+    unet = network()
+    unet.register_forward_pre_hook(lambda module, arguments: times.append(int(arguments[1])))
+    quiet(unet, DDPMScheduler(), DPMSolverMultistepScheduler())(
+        1, num_inference_steps=4, refine_steps=2, spacing=[[900, 500, 100, 0], [300, 20], [200, 10]]
+    )
+    assert times == [900, 500, 100, 0, 300, 20, 200, 10]
+
+
+def test_log_snr_spacing_is_even():
+    pipeline = quiet(network(), DPMSolverMultistepScheduler())
+    times = np.array(pipeline.plan([16], 10, spacing="log_snr").levels[0].timesteps).astype(int)
+    alphas = DDPMScheduler().alphas_cumprod.numpy()
+    log_snr = np.log(alphas / (1 - alphas))[times]
+    assert times[0] == 999 and times[-1] == 0
+    assert np.diff(log_snr)[:-1] == pytest.approx(np.diff(log_snr).mean(), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(batch_size=0), "batch_size=0"),
+        (dict(resolutions=[]), "resolutions="),
+        (dict(resolutions=[8, 4]), "larger than the one before"),
+        (dict(resolutions=[8, 8]), "larger than the one before"),
+        (dict(resolutions=[1, 8]), "at least 2"),
+        (dict(resolutions=[8.5]), "whole numbers"),
+        (dict(num_inference_steps=0), "num_inference_steps=0"),
+        (dict(num_inference_steps=1001), "num_inference_steps=1001: expected at most 1000"),
+        (dict(refine_steps=[1]), "one for each of the 2 higher levels"),
+        (dict(refine_steps=301), "refine_steps=301: expected at most 300"),
+        (dict(refine_strength=0), r"refine_strength=0: expected numbers in \(0, 1\]"),
+        (dict(refine_strength=1.5), "refine_strength=1.5"),
+        (dict(box=(0, 0, 1, 2)), "box="),
+        (dict(box=(0.5, 0, 0.5, 1)), "box="),
+        (dict(spacing="even"), "spacing='even'"),
+        (dict(spacing=[[9], [5]]), "one list for each of 3"),
+        (dict(spacing=[[9, 12], [5], [5]]), "descending"),
+        (dict(stage_jump="block"), "stage_jump='block'"),
+        (dict(stage_jump="matched"), "stage_jump='matched'"),
+        (dict(generator=generators(3)), "generator has 3 entries"),
+        (dict(output_type="jpg"), "output_type='jpg'"),
+        (dict(callback_on_step_end_tensor_inputs=["noise"]), "callback_on_step_end_tensor_inputs"),
+    ],
+)
+def test_bad_input_is_named_before_any_work(arguments, message):
+    unet, calls = network(), []
+    unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    pipeline = quiet(unet, DPMSolverMultistepScheduler())
+    with pytest.raises(ValueError, match=message):
+        pipeline(**{"num_inference_steps": 2, "refine_steps": 1, **arguments})
+    assert not calls
+
+
+def test_bad_schedulers():
+    class NoNoise(DDPMScheduler):
+        add_noise = property()
+
+    with pytest.raises(ValueError, match="scheduler=NoNoise: expected a scheduler with `add_noise`"):
+        PyramidalPipeline(network(), NoNoise())
+    with pytest.raises(ValueError, match="DDIMScheduler places its steps itself"):
+        quiet(network(), DDIMScheduler())(1, num_inference_steps=2, spacing="log_snr")
