@@ -140,3 +140,39 @@ def test_load_names_what_is_wrong(tmp_path):
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     with pytest.raises(ValueError, match="StableDiffusionPipeline.*PyramidalPipeline"):
         pyrdiff.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "file, change, message",
+    [
+        ("unet/config.json", lambda config: config.update(use_cordinates=False), "unknown key 'use_cordinates'"),
+        ("unet/config.json", lambda config: config.update(dropout=float("nan")), "NaN is not a value"),
+        ("scheduler/scheduler_config.json", lambda config: config.update(bata_start=1), "unknown key 'bata_start'"),
+        ("model_index.json", lambda config: config.update(vae=["diffusers", "AutoencoderKL"]), "unknown key 'vae'"),
+        (
+            "model_index.json",
+            lambda config: config.update(unet=["os", "system"]),
+            "expected a class of diffusers or of",
+        ),
+        ("model_index.json", lambda config: config.update(unet="UNet"), r"expected \[module, class\]"),
+    ],
+)
+def test_load_names_the_file_and_the_key(pipeline, tmp_path, file, change, message):
+    folder = hub.export(pipeline, tmp_path / "model")
+    config = json.loads((folder / file).read_text())
+    change(config)
+    (folder / file).write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message) as caught:
+        pyrdiff.load(folder)
+    assert (file.split("/")[0] if "expected" in message else file) in str(caught.value) or "unet" in str(caught.value)
+
+
+def test_load_names_torn_weights(pipeline, tmp_path):
+    folder = hub.export(pipeline, tmp_path / "model")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="model"):
+        pyrdiff.load(folder)
+    (folder / "unet" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json: expected JSON"):
+        pyrdiff.load(folder)

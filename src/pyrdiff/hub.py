@@ -1,15 +1,20 @@
 """Folders that load anywhere: export a pipeline with its code, and load one without running code from it."""
 
+import inspect
 import json
 import os
 import shutil
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData, snapshot_download
+from safetensors import SafetensorError
 
+import pyrdiff.models
 import pyrdiff.pipelines
+import pyrdiff.schedulers
 
 CARD = """
 # {title}
@@ -102,7 +107,8 @@ def load(path_or_repo: str | os.PathLike, *, revision: str | None = None, **kwar
         **kwargs: For `DiffusionPipeline.from_pretrained`, e.g. `torch_dtype`.
 
     Raises:
-        ValueError: if there is no such folder, or it is not an export of one of pyrdiff's pipelines.
+        ValueError: if there is no such folder, or it is not an export of one of pyrdiff's pipelines, or a config in it
+            has an unknown key or a value that is no number; the file and the key are named.
     """
     folder = Path(path_or_repo)
     if not folder.is_dir():
@@ -113,11 +119,59 @@ def load(path_or_repo: str | os.PathLike, *, revision: str | None = None, **kwar
         folder = Path(
             snapshot_download(str(path_or_repo), revision=revision, allow_patterns=["*.json", "*.safetensors"])
         )
-    index = folder / DiffusionPipeline.config_name
-    if not index.is_file():
-        raise ValueError(f"path_or_repo={str(path_or_repo)!r}: expected an exported pipeline, with {index.name} in it")
-    name = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    index_path = folder / DiffusionPipeline.config_name
+    if not index_path.is_file():
+        raise ValueError(
+            f"path_or_repo={str(path_or_repo)!r}: expected an exported pipeline, with {index_path.name} in it"
+        )
+    index = _read_config(index_path)
+    name = index.get("_class_name")
     name = name[1] if isinstance(name, list) and len(name) == 2 else name
     if name not in pyrdiff.pipelines.__all__:
-        raise ValueError(f"{index}: _class_name is {name!r}; expected one of {pyrdiff.pipelines.__all__}")
-    return getattr(pyrdiff.pipelines, name).from_pretrained(folder, use_safetensors=True, **kwargs)
+        raise ValueError(f"{index_path}: _class_name is {name!r}; expected one of {pyrdiff.pipelines.__all__}")
+    pipeline_class = getattr(pyrdiff.pipelines, name)
+    _check_keys(index_path, index, pipeline_class)
+    for part in set(index) & set(pipeline_class._get_signature_keys(pipeline_class)[0]):
+        _check_part(folder / part, index[part])
+    try:
+        return pipeline_class.from_pretrained(folder, use_safetensors=True, **kwargs)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: {error}") from error
+
+
+def _check_part(folder: Path, entry) -> None:
+    """Refuses a component of another class than ours and diffusers', and config keys that its class does not know."""
+    if entry is None or entry == [None, None]:
+        return
+    if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(item, str) for item in entry)):
+        raise ValueError(f"{folder.parent}: {folder.name} is {entry!r} in the index; expected [module, class]")
+    homes = (diffusers,) if entry[0] == "diffusers" else (pyrdiff.models, pyrdiff.schedulers)
+    part_class = next((getattr(home, entry[1]) for home in homes if hasattr(home, entry[1])), None)
+    if part_class is None:
+        raise ValueError(f"{folder.parent}: {folder.name} is {entry!r}; expected a class of diffusers or of pyrdiff")
+    for path in sorted(folder.glob("*config.json")):
+        _check_keys(path, _read_config(path), part_class)
+
+
+def _read_config(path: Path) -> dict:
+    def constant(text: str) -> float:
+        if text == "NaN":
+            raise ValueError(f"{path}: NaN is not a value; expected numbers")
+        return float(text)  # an infinite bound is a default of some schedulers
+
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=constant)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected JSON, {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(config).__name__}")
+    return config
+
+
+def _check_keys(path: Path, config: dict, owner: type) -> None:
+    """A misspelt key would be ignored by diffusers. A scheduler's config may carry settings of compatible ones."""
+    owners = [owner, *(owner._get_compatibles() if hasattr(owner, "_get_compatibles") else [])]
+    known = {name for each in owners for name in inspect.signature(each.__init__).parameters}
+    for key in config:
+        if not key.startswith("_") and key not in known:
+            raise ValueError(f"{path}: unknown key {key!r} for {owner.__name__}")

@@ -26,6 +26,8 @@ from .method import Method
 from .previews import save_preview
 from .settings import TrainingDiverged, TrainingSettings, TrainingStopped
 
+TIME_IS_UP = 1000  # beside the signals' numbers
+
 
 @dataclass
 class DeviceBatch:
@@ -119,7 +121,9 @@ class Run:
         self.network = network
         self.clock, self.earlier_seconds = clock, 0.0
         self.step, self.total_steps = 0, settings.max_train_steps
+        self._schedule: tuple | None = None  # (total steps, factor of the rate by step)
         self.signal_number = 0
+        self.reserve = 5.0  # seconds kept for the end of a run with a budget
         self.identity = {
             "method": method.name,
             "network": json.loads(network.to_json_string()),
@@ -169,19 +173,21 @@ class Run:
 
     def _learning_rate(self) -> float:
         """The rate of the coming step, counted in optimiser steps; a pure function of step and total."""
-        spare = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=self.settings.learning_rate)
-        schedule = get_scheduler(
-            self.settings.lr_scheduler,
-            spare,
-            num_warmup_steps=min(self.settings.lr_warmup_steps, self.total_steps // 2),
-            num_training_steps=self.total_steps,
-        )
-        return self.settings.learning_rate * schedule.lr_lambdas[0](self.step)
+        if self._schedule is None or self._schedule[0] != self.total_steps:
+            spare = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=self.settings.learning_rate)
+            schedule = get_scheduler(
+                self.settings.lr_scheduler,
+                spare,
+                num_warmup_steps=min(self.settings.lr_warmup_steps, self.total_steps // 2),
+                num_training_steps=self.total_steps,
+            )
+            self._schedule = (self.total_steps, schedule.lr_lambdas[0])
+        return self.settings.learning_rate * self._schedule[1](self.step)
 
-    def _plan_length(self, step_seconds: float, reserve: float) -> None:
+    def _plan_length(self, step_seconds: float) -> None:
         """With a budget in minutes: as many steps as fit, agreed between the processes."""
-        left = self.settings.minutes * 60 - self.seconds - reserve
-        total = [max(self.step + 1, self.step + int(left / step_seconds))]
+        left = self.settings.minutes * 60 - self.seconds - self.reserve
+        total = [max(1, self.step + max(0, int(left / step_seconds)))]
         self.total_steps = broadcast_object_list(total)[0] if self.accelerator.num_processes > 1 else total[0]
 
     def fit(self) -> None:
@@ -193,51 +199,46 @@ class Run:
         log = (self.folder / "log.jsonl").open("a", encoding="utf-8") if accelerator.is_main_process else None
         bar = tqdm(total=self.total_steps, initial=self.step, disable=not accelerator.is_main_process, mininterval=2.0)
         bar.set_description("training")
-        durations, reserve, unchecked = [], 5.0, None
-        budget = math.inf if settings.minutes is None else settings.minutes * 60
+        durations, unchecked, stop = [], None, 0
         with self._signals():
-            while self.step < self.total_steps and (self.seconds < budget - reserve or self.step == 0):
+            while self.step < self.total_steps and not stop:
                 began = time.monotonic()
                 rate = self._learning_rate()
                 for group in self.optimizer.param_groups:
                     group["lr"] = rate
                 level, statistics = self._optimise()
                 self.step += 1
-
-                # The step before is checked while this one is still running on a GPU: no waiting, one step late.
-                if unchecked is not None:
-                    self._check(*unchecked)
-                unchecked = (self.step, statistics)
                 saving = self.step % settings.checkpointing_steps == 0 or self.step >= self.total_steps
                 logging = self.step % settings.logging_steps == 0 or self.step >= self.total_steps
-                if accelerator.device.type == "cpu" or saving or logging or self.signal_number:
-                    loss, _, stop = self._check(*unchecked)
-                    unchecked = None
+
+                # On a GPU the step before is checked while this one is still running: no waiting, one step late. Every
+                # process reads the same numbers at the same place, so all of them stop together.
+                if unchecked is not None:
+                    stop = self._check(*unchecked)[2]
+                unchecked = (self.step, statistics)
+                if accelerator.device.type == "cpu" or saving or logging or stop:
+                    loss, _, stop_now = self._check(*unchecked)
+                    stop, unchecked = stop or stop_now, None
                     if logging and log is not None:
                         self._log(log, level, loss, rate, durations)
-                    if stop:
-                        self._save()
-                        raise TrainingStopped(int(stop), self.step)
-                if saving:
+                if saving or stop:
                     self._save()
                 durations = [*durations[-99:], time.monotonic() - began]
                 bar.update()
-                if settings.save_images_steps and self.step % settings.save_images_steps == 0:
+                if settings.save_images_steps and self.step % settings.save_images_steps == 0 and not stop:
                     before = time.monotonic()
                     self._preview()
-                    reserve = max(reserve, 2 * (time.monotonic() - before) + 5.0)
-                rounds = self.step / len(settings.sizes)
-                if settings.minutes is not None and rounds >= 4 and rounds % 8 == 4:
-                    self._plan_length(sum(durations) / len(durations), reserve)
+                    self.reserve = max(self.reserve, 2 * (time.monotonic() - before) + 5.0)
+                if settings.minutes is not None and self.step % (8 * len(settings.sizes)) == 4 * len(settings.sizes):
+                    self._plan_length(sum(durations) / len(durations))
                     bar.total = self.total_steps
-        if unchecked is not None:
-            self._check(*unchecked)
-        if checkpoints.list_checkpoints(self.folder)[-1:] != [self.folder / f"checkpoint-{self.step}"]:
-            self._save()
         bar.close()
         if log is not None:
             log.close()
-        accelerator.end_training()
+        if 0 < stop < TIME_IS_UP:
+            raise TrainingStopped(int(stop), self.step)
+        if self.folder / f"checkpoint-{self.step}" not in checkpoints.list_checkpoints(self.folder):
+            self._save()
 
     def _optimise(self) -> tuple[int, torch.Tensor]:
         """One optimiser step. Returns the level and, on the device, [loss, gradient norm, signal] of all processes."""
@@ -269,7 +270,7 @@ class Run:
         if self.ema is not None:
             self.ema.step(self.parameters)
         mean = torch.stack(losses).mean()
-        stop = torch.full_like(mean, self.signal_number)
+        stop = torch.full_like(mean, self._stop_request())
         if accelerator.num_processes > 1:
             mean = accelerator.reduce(mean, "mean")
             stop = accelerator.gather(stop[None]).max()
@@ -299,7 +300,14 @@ class Run:
             "checkpoint is from before. A lower learning_rate often helps"
         )
 
-    # Signals.
+    # Why a run ends early.
+
+    def _stop_request(self) -> int:
+        """The number of a signal that came, TIME_IS_UP, or 0."""
+        if self.signal_number:
+            return self.signal_number
+        over = self.settings.minutes is not None and self.seconds > self.settings.minutes * 60 - self.reserve
+        return TIME_IS_UP if over else 0
 
     @contextmanager
     def _signals(self):
@@ -350,7 +358,7 @@ class Run:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.earlier_seconds = state["step"], state["seconds"]
         if self.settings.minutes is not None:
-            self.total_steps = max(state["total_steps"], self.step + 1)
+            self._plan_length(self.seconds / max(1, self.step))
         self.accelerator.print(f"resuming from {path}")
 
     def _load_optimizer(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -400,7 +408,8 @@ class Run:
             f"{text}\n{len(self.images)} images ({len(self.images.bad)} skipped, {self.images.composited} with "
             f"transparency laid on {tuple(self.settings.background)}, {self.images.enlarged} enlarged), "
             f"{parameters / 1e6:.1f}M parameters, batches {self.batches.batch_sizes} in each of "
-            f"{self.accelerator.num_processes} processes on {self.accelerator.device}, {self.accelerator.mixed_precision} precision",
+            f"{self.accelerator.num_processes} processes on {self.accelerator.device}, mixed precision "
+            f"{self.accelerator.mixed_precision}",
             flush=True,
         )
         if self.settings.report_to:
@@ -452,14 +461,15 @@ class Run:
         from pyrdiff import hub
 
         target = self.folder / "pipeline"
+        if self.settings.save_images_steps:
+            self._preview()
         if self.accelerator.is_main_process:
-            if self.settings.save_images_steps:
-                self._preview()
             self.network.eval()
             with self._averaged_weights():
                 description = f"{self.method.summary} Trained for {self.step} steps on {len(self.images)} images."
                 hub.export(self.pipeline, target, description=description)
             print(f"saved {target} after {self.step} steps, {self.seconds / 60:.1f} minutes", flush=True)
+        self.accelerator.end_training()
         return target
 
 

@@ -1,0 +1,216 @@
+"""
+Seconds per training step: our loop against the loop of diffusers' `train_unconditional.py`, on the same network, batch
+and resolution, in alternating blocks:
+
+    python benchmarks/train_step.py --train_data_dir my_images --output benchmarks/results/train_step.json
+
+The stock loop stands twice: as the script has it, decoding images in the step (no workers, its default), and with the
+decoded images already in memory.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+
+class StockLoop:
+    """The steps of `train_unconditional.py` with --use_ema, as that script does them."""
+
+    def __init__(self, options, network, in_memory: bool):
+        import numpy as np
+        import torch
+        from accelerate import Accelerator
+        from diffusers import DDPMScheduler
+        from diffusers.optimization import get_scheduler
+        from diffusers.training_utils import EMAModel
+
+        from pyrdiff.data import decode_image, fit_image, list_images
+
+        files, size = list_images(options.train_data_dir), options.resolution
+
+        class Images(torch.utils.data.Dataset):
+            def __init__(self):
+                self.kept = {}
+
+            def __len__(self):
+                return len(files)
+
+            def __getitem__(self, index):
+                pixels = self.kept.get(index)
+                if pixels is None:
+                    pixels = np.array(fit_image(decode_image(files[index], 3), size, size))
+                    if in_memory:
+                        self.kept[index] = pixels
+                tensor = torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
+                return {"input": (tensor.flip(-1) if torch.rand(()) < 0.5 else tensor) * 2 - 1}
+
+        data = Images()
+        if in_memory:
+            for index in range(len(files)):
+                data[index]
+        self.accelerator = Accelerator(mixed_precision=options.mixed_precision)
+        self.scheduler = DDPMScheduler()
+        optimizer = torch.optim.AdamW(network.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6)
+        loader = torch.utils.data.DataLoader(data, batch_size=options.batch_size, shuffle=True)
+        rate = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=10_000)
+        self.ema = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+        self.model, self.optimizer, self.loader, self.rate = self.accelerator.prepare(network, optimizer, loader, rate)
+        self.batches = iter(self.loader)
+
+    def step(self) -> None:
+        import torch
+        import torch.nn.functional as F
+
+        batch = next(self.batches, None)
+        if batch is None:
+            self.batches = iter(self.loader)
+            batch = next(self.batches)
+        clean = batch["input"]
+        noise = torch.randn(clean.shape, device=clean.device)
+        timesteps = torch.randint(0, 1000, (clean.shape[0],), device=clean.device)
+        noisy = self.scheduler.add_noise(clean, noise, timesteps)
+        with self.accelerator.accumulate(self.model):
+            loss = F.mse_loss(self.model(noisy, timesteps).sample.float(), noise.float())
+            self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.rate.step()
+            self.optimizer.zero_grad()
+        self.ema.step(self.model.parameters())
+        _ = {"loss": loss.detach().item(), "lr": self.rate.get_last_lr()[0], "ema_decay": self.ema.cur_decay_value}
+
+
+class OurLoop:
+    """The steps of `pyrdiff.training.loop.Run.fit`."""
+
+    def __init__(self, options, folder: str):
+        from accelerate import Accelerator
+
+        from pyrdiff.data import ImageLevels, MultiScaleBatches
+        from pyrdiff.methods.pddpm import METHOD
+        from pyrdiff.training.loop import Run
+
+        settings = METHOD.settings(
+            train_data_dir=options.train_data_dir,
+            output_dir=folder,
+            resolution=(str(options.resolution),),
+            train_batch_size=options.batch_size,
+            preset=options.preset,
+            mixed_precision=options.mixed_precision,
+            random_flip=True,
+        )
+        images = ImageLevels.build(options.train_data_dir, settings.sizes)
+        batches = MultiScaleBatches(images, options.batch_size, random_flip=True)
+        network, scheduler = METHOD.model(settings, 3), METHOD.scheduler(settings)
+        pipeline = METHOD.pipeline(settings, network, scheduler, images)
+        accelerator = Accelerator(mixed_precision=options.mixed_precision)
+        parts = (METHOD, settings, accelerator, Path(folder), images, batches, network, scheduler, pipeline)
+        self.run = Run(*parts, time.monotonic())
+
+    def step(self) -> None:
+        run = self.run
+        for group in run.optimizer.param_groups:
+            group["lr"] = run._learning_rate()
+        _, statistics_of_step = run._optimise()
+        run.step += 1
+        run._check(run.step, statistics_of_step)
+
+
+def measure(options) -> dict:
+    import diffusers
+    import torch
+
+    import pyrdiff
+
+    torch.set_num_threads(options.threads)
+    sizes = dict(resolutions=(options.resolution,))
+
+    def network():
+        return pyrdiff.CoordinateUNet2DModel.from_preset(options.preset, **sizes)
+
+    with tempfile.TemporaryDirectory() as folder:
+        loops = {
+            "pyrdiff": OurLoop(options, folder),
+            "train_unconditional.py": StockLoop(options, network(), in_memory=False),
+            "train_unconditional.py, images in memory": StockLoop(options, network(), in_memory=True),
+        }
+        seconds = {name: [] for name in loops}
+        for block in range(options.blocks + 1):
+            for name, loop in loops.items():
+                began = time.perf_counter()
+                for _ in range(options.steps):
+                    loop.step()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                if block > 0:  # the first is warm-up
+                    seconds[name].append((time.perf_counter() - began) / options.steps)
+    ours = seconds["pyrdiff"]
+    arms = []
+    for name, values in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(ours, values, strict=True))
+        arms.append({"name": name, "seconds": values, "median": statistics.median(values), "pyrdiff_over_this": ratio})
+    return {
+        "resolution": options.resolution,
+        "batch_size": options.batch_size,
+        "preset": options.preset,
+        "mixed_precision": options.mixed_precision,
+        "threads": torch.get_num_threads(),
+        "steps_a_block": options.steps,
+        "load": os.getloadavg(),
+        "versions": {
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "python": platform.python_version(),
+        },
+        "arms": arms,
+    }
+
+
+def table(result: dict) -> str:
+    lines = [
+        f"{result['preset']} at {result['resolution']}, batch {result['batch_size']}, mixed precision "
+        f"{result['mixed_precision']}, {result['threads']} threads, torch {result['versions']['torch']}, "
+        f"diffusers {result['versions']['diffusers']}",
+        "",
+        "| loop | seconds a step, median (min) of blocks | pyrdiff / this, median of pairs |",
+        "|---|---|---|",
+    ]
+    for arm in result["arms"]:
+        seconds = f"{arm['median']:.3f} ({min(arm['seconds']):.3f}) of {len(arm['seconds'])}"
+        lines.append(f"| {arm['name']} | {seconds} | {arm['pyrdiff_over_this']:.3f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train_data_dir", help="folder of images")
+    parser.add_argument("--output", help="JSON to write")
+    parser.add_argument("--table", help="print the table of this JSON and stop")
+    parser.add_argument("--resolution", type=int, default=64)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--preset", default="small")
+    parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16"])
+    parser.add_argument("--blocks", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    if options.table:
+        print(table(json.loads(Path(options.table).read_text(encoding="utf-8"))))
+        return
+    if not (options.train_data_dir and options.output):
+        parser.error("expected --train_data_dir and --output (or --table)")
+    result = measure(options)
+    path = Path(options.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
