@@ -57,7 +57,7 @@ def measure(options) -> dict:
     import torch
 
     import pyrdiff
-    from pyrdiff.data import ImageLevels
+    from pyrdiff.data import ImageLevels, open_source
 
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -100,7 +100,8 @@ def measure(options) -> dict:
             print(f"run {turn + 1}: {name}: {seconds:.2f} s", flush=True)
 
     sizes = base.unet.config.resolutions
-    reference = ImageLevels.build(options.reference, sizes, channels=base.unet.config.image_channels)
+    source = open_source(options.reference, array_key=options.array_key)
+    reference = ImageLevels.build(source, sizes, channels=base.unet.config.image_channels)
     truth = torch.from_numpy(reference.arrays[-1]).permute(0, 3, 1, 2).float() / 127.5 - 1
     slowest = next((row for name, row in results.items() if name.startswith("DDPM 1000")), None)
     for name, row in results.items():
@@ -214,6 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="exported pyramidal pipeline")
     parser.add_argument("--reference", help="images to compare the spectrum and features with, best held out")
+    parser.add_argument("--array_key", help="array of an .npz reference")
     parser.add_argument("--output", help="JSON to write")
     parser.add_argument("--table", help="print the table of this JSON and stop")
     parser.add_argument("--batch_size", type=int, default=16)

@@ -374,14 +374,13 @@ def test_two_processes_train_like_one_with_twice_the_batch(processes):
 
     one, two = tensors_of(one, 12), tensors_of(two, 12)
     assert one.keys() == two.keys()
-    # A few biases have no effect, as a norm of their channel alone follows: their gradient is rounding error, which Adam
-    # scales up.
+    # A few biases have no effect, as a norm of their channel alone follows: their gradient is rounding error, and Adam
+    # scales it up.
     names = [name for name in one if name.startswith(("model/", "ema/"))]
     difference = torch.cat([(one[name] - two[name]).abs().flatten() for name in names])
     assert difference.quantile(0.99) < 1e-3 * 1e-3, "more than a thousandth of the learning rate"
 
 
-@pytest.mark.xfail(strict=True, reason="export() has the main process alone wait for the others, after the group's end")
 def test_two_processes_export_the_pipeline(processes):
     _, two, result = processes
     assert result.returncode == 0, result.stderr[-3000:]
@@ -423,7 +422,7 @@ def test_a_run_that_does_not_fit_its_folder_is_refused_and_writes_nothing(toy, s
 def test_a_checkpoint_of_other_images_is_refused(toy, straight, tmp_path):
     np.save(tmp_path / "others.npy", np.zeros((24, 16, 16, 3), np.uint8))
     before = contents(straight)
-    with pytest.raises(ValueError, match="checkpoint-12 was trained with data="):
+    with pytest.raises(ValueError, match="checkpoint-12 .*data="):
         train_toy(toy(output_dir=str(straight), train_data_dir=str(tmp_path / "others.npy")))
     assert contents(straight) == before
 
@@ -474,7 +473,6 @@ def test_a_folder_that_is_something_else_is_refused(toy, tmp_path):
         pytest.param(
             dict(block_out_channels=[8, 8, 16]),
             "block_out_channels",
-            marks=pytest.mark.xfail(strict=True, reason="fewer channels than an attention head has: ZeroDivisionError"),
         ),
     ],
     ids=str,
@@ -511,7 +509,6 @@ def test_sample_grids_are_written_and_change_nothing(toy, straight):
     assert_same_bits(tensors_of(folder, 12), tensors_of(straight, 12))
 
 
-@pytest.mark.xfail(strict=True, reason="sample grids ask for 100 steps however many there are, and end the run")
 def test_a_short_noise_process_trains_with_sample_grids_or_is_refused_at_once(toy):
     flags = toy(ddpm_num_steps=20, save_images_steps=1, eval_batch_size=1, max_train_steps=1)
     try:

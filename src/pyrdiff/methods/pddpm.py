@@ -36,7 +36,7 @@ class PyramidalSettings(TrainingSettings):
             larger = high[0] > low[0] and high[1] > low[1]
             self._check("resolution", larger, "each to be larger than the one before")
         self._check("patch_size", self.patch_size is None or self.patch_size > 0, "1 or more")
-        self._check("ddpm_num_steps", self.ddpm_num_steps >= 2, "2 or more")
+        self._check("ddpm_num_steps", self.ddpm_num_steps >= 100, "100 or more, the steps that sampling takes")
         self._check("snr_gamma", self.snr_gamma is None or self.snr_gamma > 0, "a number above 0")
 
     @property
@@ -53,8 +53,11 @@ class PyramidalSettings(TrainingSettings):
 
 def build_model(settings: PyramidalSettings, channels: int):
     from pyrdiff.models import CoordinateUNet2DModel
+    from pyrdiff.models.unet_coordinate import PRESETS
 
     overrides = {} if settings.block_out_channels is None else {"block_out_channels": settings.block_out_channels}
+    if overrides:
+        _check_channels(settings.block_out_channels, PRESETS[settings.preset])
     network = CoordinateUNet2DModel.from_preset(
         settings.preset,
         image_channels=channels,
@@ -73,6 +76,23 @@ def build_model(settings: PyramidalSettings, channels: int):
                 f"halves them {len(network.config.block_out_channels) - 1} times (preset={settings.preset!r})"
             )
     return network
+
+
+def _check_channels(channels: tuple[int, ...], preset: dict) -> None:
+    """Refuses channels that the preset's blocks, norms and attention heads cannot be made of."""
+    levels, groups, head = (
+        len(preset["down_block_types"]),
+        preset.get("norm_num_groups", 32),
+        preset["attention_head_dim"],
+    )
+    if len(channels) != levels:
+        raise ValueError(f"block_out_channels={channels}: expected {levels} numbers for this preset")
+    attending = [n for n, block in zip(channels, preset["down_block_types"], strict=True) if "Attn" in block]
+    if any(n < 1 or n % groups for n in channels) or any(n % head for n in [*attending, channels[-1]]):
+        raise ValueError(
+            f"block_out_channels={channels}: expected multiples of {groups}, and of {head} where there is attention "
+            f"(the last {len(attending)})"
+        )
 
 
 def build_scheduler(settings: PyramidalSettings):

@@ -1,5 +1,6 @@
 """Training of any method, top to bottom: data, model, scheduler, prepare, loop, save."""
 
+import copy
 import json
 import math
 import signal
@@ -126,8 +127,8 @@ class Run:
         self.reserve = 5.0  # seconds kept for the end of a run with a budget
         self.identity = {
             "method": method.name,
-            "network": json.loads(network.to_json_string()),
-            "scheduler": json.loads(scheduler.to_json_string()),
+            "network": _public(network),
+            "scheduler": _public(scheduler),
             "data": images.fingerprint,
             "batch": [accelerator.num_processes * size for size in batches.batch_sizes],
             "accumulation": settings.gradient_accumulation_steps,
@@ -232,6 +233,8 @@ class Run:
                 if settings.minutes is not None and self.step % (8 * len(settings.sizes)) == 4 * len(settings.sizes):
                     self._plan_length(sum(durations) / len(durations))
                     bar.total = self.total_steps
+        if unchecked is not None:
+            self._check(*unchecked)
         bar.close()
         if log is not None:
             log.close()
@@ -282,14 +285,17 @@ class Run:
         fp16_skip = self.accelerator.scaler is not None and math.isfinite(loss)
         if math.isfinite(loss) and (math.isfinite(norm) or fp16_skip):
             return [loss, norm, stop]
-        batches = [self.batches.draw(step - 1, micro) for micro in range(self.settings.gradient_accumulation_steps)]
-        indices = [int(index) for batch in batches for index in batch.indices]
+        whole = copy.copy(self.batches)  # any process may have met the bad image
+        drawn = []
+        for whole.process_index in range(self.accelerator.num_processes):
+            drawn += [whole.draw(step - 1, micro) for micro in range(self.settings.gradient_accumulation_steps)]
+        indices = [int(index) for batch in drawn for index in batch.indices]
         report = {
             "step": step,
             "seed": self.settings.seed,
             "loss": repr(loss),
             "gradient_norm": repr(norm),
-            "resolution": list(self.settings.sizes[batches[0].level]),
+            "resolution": list(self.settings.sizes[drawn[0].level]),
             "images": [self.images.names[index] for index in indices],
         }
         path = self.folder / f"failure-{step}.json"
@@ -471,6 +477,11 @@ class Run:
             print(f"saved {target} after {self.step} steps, {self.seconds / 60:.1f} minutes", flush=True)
         self.accelerator.end_training()
         return target
+
+
+def _public(part) -> dict:
+    """A config without what names versions and places."""
+    return {key: value for key, value in json.loads(part.to_json_string()).items() if not key.startswith("_")}
 
 
 def _short(value) -> str:

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal, TypeVar
 
 EXIT_BAD_INPUT = 2
@@ -119,18 +119,18 @@ def parse(settings: type[S], description: str, args: list[str] | None = None) ->
     """Settings from the command line. Prints one line and exits with 2 for an unknown flag or a bad value."""
     import tyro
 
+    # The values are checked after parsing, by us: tyro would put the message into a frame, wrapped to the terminal.
+    unchecked = type(settings.__name__, (settings,), {"__post_init__": lambda self: None})
+    config = (tyro.conf.FlagConversionOff,)
+    values = tyro.cli(unchecked, args=args, description=description, use_underscores=True, config=config)
     try:
-        return tyro.cli(
-            settings, args=args, description=description, use_underscores=True, config=(tyro.conf.FlagConversionOff,)
-        )
+        return settings(**{field.name: getattr(values, field.name) for field in fields(settings)})
     except ValueError as error:
         _exit(error, EXIT_BAD_INPUT)
 
 
 def run(main: Callable[[], None]) -> None:
     """Runs a script's main function; what a user can mend is one line on stderr and an exit code, not a traceback."""
-    from .checkpoints import CheckpointError
-
     try:
         main()
     except TrainingStopped as stopped:
@@ -138,7 +138,15 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(stopped.exit_code)
     except TrainingDiverged as error:
         _exit(error, EXIT_DIVERGED)
-    except (ValueError, CheckpointError) as error:
+    except (ValueError, OSError) as error:
+        _exit(error, EXIT_BAD_INPUT)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except RuntimeError as error:
+        from .checkpoints import CheckpointError  # only now: it imports torch, and --help must not
+
+        if not isinstance(error, CheckpointError):
+            raise
         _exit(error, EXIT_BAD_INPUT)
 
 
