@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import create_repo
 
 logger = logging.get_logger(__name__)
 
@@ -101,10 +102,11 @@ class PyramidalPipeline(DiffusionPipeline):
         self.register_to_config(detail_spectra=detail_spectra)
         for name in ("scheduler", "refine_scheduler"):
             part = getattr(self, name)
-            if part is not None and not hasattr(part, "add_noise"):
+            if part is not None and not (hasattr(part, "add_noise") and hasattr(part, "alphas_cumprod")):
                 raise ValueError(
-                    f"{name}={type(part).__name__}: expected a scheduler with `add_noise`, such as DDPMScheduler, "
-                    "DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler or HeunDiscreteScheduler"
+                    f"{name}={type(part).__name__}: expected a scheduler with `add_noise` and `alphas_cumprod`, such "
+                    "as DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler or "
+                    "HeunDiscreteScheduler"
                 )
 
     @property
@@ -216,6 +218,8 @@ class PyramidalPipeline(DiffusionPipeline):
 
         with self.progress_bar(total=plan.network_calls) as progress:
             for index, level in enumerate(plan.levels):
+                if self.interrupt:
+                    break
                 scheduler = self._scheduler_of(index)
                 timesteps = self._set_timesteps(index, calls[index], strengths[index], spacing, device)
                 shape = (batch_size, channels, *level.network_size)
@@ -255,7 +259,7 @@ class PyramidalPipeline(DiffusionPipeline):
                     levels.append(self._to_output(latents, level.size, output_type))
 
         # 4. From [-1, 1] to what was asked for.
-        images = levels[-1] if return_levels else self._to_output(latents, plan.levels[-1].size, output_type)
+        images = self._to_output(latents, plan.levels[-1].size, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (images, levels if return_levels else None)
@@ -335,6 +339,16 @@ class PyramidalPipeline(DiffusionPipeline):
                     many = middle
             scheduler.set_timesteps(few, device=device)
             begin = scheduler.order * (few - steps)
+            if len(scheduler.timesteps[begin:]) != scheduler.order * (steps - 1) + 1:
+                raise ValueError(
+                    f"{type(scheduler).__name__} does not take as many steps as it is asked for: expected another, "
+                    "such as DPMSolverMultistepScheduler"
+                )
+            if index > 0 and float(scheduler.timesteps[begin]) == 0:
+                raise ValueError(
+                    f"refine_steps={calls}: {type(scheduler).__name__} would start at time 0; expected 2 or more, or "
+                    "timestep_spacing='trailing' in its config"
+                )
         else:
             if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
                 raise ValueError(
@@ -358,7 +372,7 @@ class PyramidalPipeline(DiffusionPipeline):
     @staticmethod
     def _log_snr_times(alphas_cumprod: torch.Tensor, steps: int, strength: float) -> list[int]:
         """`steps` training times, descending to 0, as evenly spaced in log(alpha_bar / (1 - alpha_bar)) as can be."""
-        alphas_cumprod = alphas_cumprod.double().cpu().numpy()
+        alphas_cumprod = alphas_cumprod.double().clamp(1e-8, 1 - 1e-8).cpu().numpy()
         log_snr = np.log(alphas_cumprod / (1 - alphas_cumprod))
         start = max(round(strength * len(log_snr)), steps) - 1
         wanted = np.linspace(log_snr[start], log_snr[0], steps)
@@ -390,6 +404,8 @@ class PyramidalPipeline(DiffusionPipeline):
             raise ValueError(f"output_type={output_type!r}: expected 'pil', 'np', 'pt' or 'latent'")
         if stage_jump not in ("white", "matched"):
             raise ValueError(f"stage_jump={stage_jump!r}: expected 'white' or 'matched'")
+        if stage_jump == "matched" and tuple(box) != (0, 0, 1, 1):
+            raise ValueError(f"stage_jump='matched' with box={box}: expected the whole image, which was measured")
         if stage_jump == "matched":
             known = sorted(self.config.detail_spectra or {})
             for level in plan.levels[1:]:
@@ -420,9 +436,8 @@ class PyramidalPipeline(DiffusionPipeline):
         is installed: stock `save_pretrained`, then the source files of this class and of the components that are not
         part of diffusers, and an index that names them. The arguments are those of `DiffusionPipeline`.
         """
-        hub_arguments = {
-            key: kwargs.pop(key) for key in ("repo_id", "commit_message", "private", "token") if key in kwargs
-        }
+        names = ("repo_id", "commit_message", "private", "token", "create_pr")
+        hub_arguments = {name: kwargs.pop(name) for name in names if name in kwargs}
         super().save_pretrained(save_directory, **kwargs)
         folder = Path(save_directory)
         index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
@@ -438,7 +453,10 @@ class PyramidalPipeline(DiffusionPipeline):
             config = {key: value for key, value in config.items() if key not in ("_name_or_path", "_module")}
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         if push_to_hub:
-            self.push_to_hub(hub_arguments.pop("repo_id", folder.name), **hub_arguments)
+            private, token = hub_arguments.pop("private", None), hub_arguments.get("token")
+            repo_id = hub_arguments.pop("repo_id", folder.name)
+            repo_id = create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
+            self._upload_folder(folder, repo_id, **hub_arguments)
 
     @classmethod
     def load_config(cls, *args, **kwargs):

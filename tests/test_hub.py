@@ -135,6 +135,8 @@ def test_an_export_that_reads_back_different_is_refused(pipeline, tmp_path, monk
 def test_load_names_what_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="expected a folder or a repository"):
         pyrdiff.load(tmp_path / "missing")
+    with pytest.raises(ValueError, match="neither a folder nor a repository that can be read"):
+        pyrdiff.load("nobody/nothing", local_files_only=True)
     with pytest.raises(ValueError, match="expected an exported pipeline, with model_index.json"):
         pyrdiff.load(tmp_path)
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
@@ -165,6 +167,24 @@ def test_load_names_the_file_and_the_key(pipeline, tmp_path, file, change, messa
     with pytest.raises(ValueError, match=message) as caught:
         pyrdiff.load(folder)
     assert (file.split("/")[0] if "expected" in message else file) in str(caught.value) or "unet" in str(caught.value)
+
+
+def test_publishing_sends_the_whole_export_as_asked(pipeline, tmp_path, monkeypatch):
+    sent = {}
+
+    def create(repo_id, **arguments):
+        return type("Repo", (), {"repo_id": repo_id})
+
+    def upload(self, folder, repo_id, **arguments):
+        files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+        sent.update(files=files, repo_id=repo_id, **arguments)
+
+    monkeypatch.setattr("pyrdiff.pipelines.pipeline_pyramidal.create_repo", create)
+    monkeypatch.setattr(PyramidalPipeline, "_upload_folder", upload)
+    pipeline.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/faces", create_pr=True, variant="fp16")
+    assert sent["repo_id"] == "me/faces" and sent["create_pr"] is True
+    expected = {"model_index.json", "pipeline_pyramidal.py", "unet/unet_coordinate.py"}
+    assert expected | {"unet/diffusion_pytorch_model.fp16.safetensors"} <= sent["files"]
 
 
 def test_load_names_torn_weights(pipeline, tmp_path):

@@ -10,6 +10,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import ModelCard, ModelCardData, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 
 import pyrdiff.models
@@ -104,7 +105,8 @@ def load(path_or_repo: str | os.PathLike, *, revision: str | None = None, **kwar
     Args:
         path_or_repo: A local folder, or a repository on the Hub.
         revision: Branch, tag or commit of the repository.
-        **kwargs: For `DiffusionPipeline.from_pretrained`, e.g. `torch_dtype`.
+        **kwargs: For `DiffusionPipeline.from_pretrained`, e.g. `torch_dtype`; `token`, `cache_dir` and
+            `local_files_only` for the download.
 
     Raises:
         ValueError: if there is no such folder, or it is not an export of one of pyrdiff's pipelines, or a config in it
@@ -116,9 +118,16 @@ def load(path_or_repo: str | os.PathLike, *, revision: str | None = None, **kwar
             raise ValueError(
                 f"path_or_repo={str(path_or_repo)!r}: expected a folder or a repository such as 'user/name'"
             )
-        folder = Path(
-            snapshot_download(str(path_or_repo), revision=revision, allow_patterns=["*.json", "*.safetensors"])
-        )
+        names = ("token", "cache_dir", "local_files_only", "force_download")
+        hub_arguments = {name: kwargs.pop(name) for name in names if name in kwargs}
+        wanted = ["*.json", "*.safetensors"]
+        try:
+            folder = snapshot_download(str(path_or_repo), revision=revision, allow_patterns=wanted, **hub_arguments)
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            raise ValueError(
+                f"path_or_repo={str(path_or_repo)!r}: neither a folder nor a repository that can be read: {error}"
+            ) from error
+        folder = Path(folder)
     index_path = folder / DiffusionPipeline.config_name
     if not index_path.is_file():
         raise ValueError(

@@ -98,6 +98,9 @@ def test_a_sampling_loop_encodes_once(monkeypatch):
         for _ in range(3):
             model(sample, 5, coordinates=coordinates)
         assert len(calls) == expected
+    for _ in range(2):  # training goes back and forth between levels
+        model(sample, 5), model(torch.randn(1, 3, 16, 16), 5)
+    assert len(calls) == 3
     first = model(sample, 5, coordinates=grid).sample
     grid.mul_(0.5)
     assert not torch.equal(first, model(sample, 5, coordinates=grid).sample), "a grid changed in place is encoded anew"
@@ -162,3 +165,10 @@ def test_bad_preset_and_bad_coordinates():
         CoordinateUNet2DModel.from_preset("huge")
     with pytest.raises(ValueError, match=r"coordinates of shape \(1, 2, 4, 4\): expected \(1, 2, 8, 8\)"):
         network()(torch.randn(1, 3, 8, 8), 1, coordinates=torch.zeros(1, 2, 4, 4))
+
+
+def test_inference_mode():
+    model = network()
+    with torch.inference_mode():
+        grid = model.coordinate_grid(8, 8)[None]
+        assert model(torch.randn(1, 3, 8, 8), 1, coordinates=grid).sample.shape == (1, 3, 8, 8)

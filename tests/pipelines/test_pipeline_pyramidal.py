@@ -10,9 +10,11 @@ from diffusers import (
     DDPMScheduler,
     DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    PNDMScheduler,
     UNet2DModel,
     UniPCMultistepScheduler,
 )
@@ -203,8 +205,9 @@ def test_the_jump_is_enlarging_and_eq_2():
     def keep(pipe, step, timestep, tensors):
         low.setdefault(step, tensors["latents"])
 
-    plan = pipeline.plan(num_inference_steps=2, refine_steps=1)
-    pipeline(1, num_inference_steps=2, refine_steps=1, generator=generators(1), callback_on_step_end=keep)
+    plan = pipeline.plan(num_inference_steps=2, refine_steps=3)
+    assert plan.levels[1].timesteps[0] > 100
+    pipeline(1, num_inference_steps=2, refine_steps=3, generator=generators(1), callback_on_step_end=keep)
     alpha = scheduler.alphas_cumprod[int(plan.levels[1].timesteps[0])]
     enlarged = F.interpolate(low[1], (8, 8), mode="bicubic", align_corners=False)
     noise = torch.Generator().manual_seed(0)
@@ -223,8 +226,9 @@ def test_the_network_is_told_the_window():
     unet.forward = lambda sample, t, coordinates=None, **kw: (
         boxes.append(coordinates) or forward(sample, t, coordinates, **kw)
     )
-    quiet(unet, DDIMScheduler())(2, num_inference_steps=1, refine_steps=1, box=(0.25, 0.5, 0.75, 1.0))
-    for grid, size in zip(boxes, (4, 8, 16), strict=True):
+    quiet(unet, DDIMScheduler())(2, num_inference_steps=1, refine_steps=2, box=(0.25, 0.5, 0.75, 1.0))
+    assert len(boxes) == 5
+    for grid, size in zip(boxes[::2], (4, 8, 16), strict=True):
         expected = CoordinateUNet2DModel.coordinate_grid(size, size, (0.25, 0.5, 0.75, 1.0))
         assert grid.shape == (2, 2, size, size) and torch.equal(grid[1], expected)
 
@@ -232,30 +236,30 @@ def test_the_network_is_told_the_window():
 def test_a_plain_unet_works():
     torch.manual_seed(0)
     unet = UNet2DModel(in_channels=3, out_channels=3, sample_size=16, **TINY)
-    output = quiet(unet, DDIMScheduler())(1, [(4, 6), (8, 12)], 2, 1, output_type="pt", return_levels=True)
+    output = quiet(unet, DDIMScheduler())(1, [(4, 6), (8, 12)], 2, 2, output_type="pt", return_levels=True)
     assert [tuple(level.shape) for level in output.levels] == [(1, 3, 4, 6), (1, 3, 8, 12)]
     assert quiet(unet, DDIMScheduler())(1, num_inference_steps=1, output_type="np").images.shape == (1, 16, 16, 3)
 
 
 def test_any_size_and_any_increase():
     pipeline = quiet(network(), DDIMScheduler())
-    plan = pipeline.plan([5, (9, 11), (16, 20)], 2, 1)
+    plan = pipeline.plan([5, (9, 11), (16, 20)], 2, 2)
     assert [level.network_size for level in plan.levels] == [(6, 6), (10, 12), (16, 20)]
-    output = pipeline(1, [5, (9, 11), (16, 20)], 2, 1, output_type="pt", return_levels=True)
+    output = pipeline(1, [5, (9, 11), (16, 20)], 2, 2, output_type="pt", return_levels=True)
     assert [tuple(level.shape[-2:]) for level in output.levels] == [(5, 5), (9, 11), (16, 20)]
 
 
 def test_output_types():
     pipeline = quiet(network(), DDIMScheduler())
     outputs = {
-        kind: pipeline(2, num_inference_steps=2, refine_steps=1, generator=generators(2), output_type=kind).images
+        kind: pipeline(2, num_inference_steps=2, refine_steps=2, generator=generators(2), output_type=kind).images
         for kind in ("pil", "np", "pt", "latent")
     }
     assert torch.equal(outputs["pt"], (outputs["latent"] / 2 + 0.5).clamp(0, 1))
     assert np.array_equal(outputs["np"], outputs["pt"].permute(0, 2, 3, 1).numpy())
     assert outputs["pil"][0].size == (16, 16) and outputs["pil"][0].mode == "L"
     assert np.array_equal(np.asarray(outputs["pil"][1]), (outputs["np"][1, :, :, 0] * 255).round().astype(np.uint8))
-    images, levels = pipeline(2, num_inference_steps=2, refine_steps=1, output_type="pt", return_dict=False)
+    images, levels = pipeline(2, num_inference_steps=2, refine_steps=2, output_type="pt", return_dict=False)
     assert images.shape == (2, 1, 16, 16) and levels is None
 
 
@@ -274,8 +278,14 @@ def test_callback_changes_latents_and_interrupt_ends_the_run():
 
     calls = []
     pipeline.unet.register_forward_pre_hook(lambda *_: calls.append(1))
-    pipeline(1, num_inference_steps=2, refine_steps=2, callback_on_step_end=stop)
-    assert len(calls) == 2
+    arguments = dict(output_type="latent", num_inference_steps=2)
+    stopped = pipeline(
+        1, refine_steps=2, generator=generators(1), callback_on_step_end=stop, return_levels=True, **arguments
+    )
+    assert len(calls) == 2 and len(stopped.levels) == 1
+    low = pipeline(1, [4], generator=generators(1), **arguments).images
+    enlarged = F.interpolate(low, (16, 16), mode="bicubic", align_corners=False, antialias=True)
+    assert torch.allclose(stopped.images, enlarged, atol=1e-6), "the level that was reached, enlarged; no noise"
 
 
 def test_one_progress_bar_over_all_levels(capfd):
@@ -323,6 +333,7 @@ def test_log_snr_spacing_is_even():
         (dict(spacing=[[9], [5]]), "one list for each of 3"),
         (dict(spacing=[[9, 12], [5], [5]]), "descending"),
         (dict(stage_jump="block"), "stage_jump='block'"),
+        (dict(stage_jump="matched", box=(0, 0, 0.5, 1)), "expected the whole image"),
         (dict(stage_jump="matched"), "stage_jump='matched'"),
         (dict(generator=generators(3)), "generator has 3 entries"),
         (dict(output_type="jpg"), "output_type='jpg'"),
@@ -344,5 +355,11 @@ def test_bad_schedulers():
 
     with pytest.raises(ValueError, match="scheduler=NoNoise: expected a scheduler with `add_noise`"):
         PyramidalPipeline(network(), NoNoise())
+    with pytest.raises(ValueError, match="scheduler=EDMEulerScheduler: expected"):
+        PyramidalPipeline(network(), EDMEulerScheduler())
+    with pytest.raises(ValueError, match="PNDMScheduler does not take as many steps"):
+        quiet(network(), PNDMScheduler())(1, num_inference_steps=8)
+    with pytest.raises(ValueError, match="refine_steps=1: DDIMScheduler would start at time 0"):
+        quiet(network(), DDIMScheduler())(1, num_inference_steps=8, refine_steps=1)
     with pytest.raises(ValueError, match="DDIMScheduler places its steps itself"):
         quiet(network(), DDIMScheduler())(1, num_inference_steps=2, spacing="log_snr")

@@ -120,6 +120,7 @@ def straight(toy) -> Path:
 VARIANTS = {
     "accumulation": dict(gradient_accumulation_steps=2, random_flip=True, max_train_steps=20),
     "patches": dict(patch_size=8, random_flip=True, prediction_type="v_prediction", snr_gamma=5.0, max_train_steps=14),
+    "channels last": dict(channels_last=True),
     "no average": dict(use_ema=False, resolution=["8", "12x16"], gradient_accumulation_steps=3),
 }
 

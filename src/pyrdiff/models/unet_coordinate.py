@@ -139,7 +139,8 @@ class CoordinateUNet2DModel(UNet2DModel):
         self.register_to_config(
             in_channels=image_channels, out_channels=out_channels, resolutions=resolutions, sample_size=sample_size
         )
-        self._last_encoding: tuple | None = None
+        self._encodings: dict[tuple, torch.Tensor] = {}  # of whole images, by size, device and type
+        self._last_window: tuple | None = None  # the last coordinates that were given, and their encoding
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "CoordinateUNet2DModel":
@@ -161,10 +162,11 @@ class CoordinateUNet2DModel(UNet2DModel):
             float32 [2, height, width] (row, column); [B, 2, height, width] for a tensor of boxes. Pixel k of N lies at
             (k + 0.5) / N of its window, so a crop of a grid is the grid of the crop, and halving it by 2x2 means too.
         """
-        box = torch.as_tensor(box, dtype=torch.float64, device=device)
+        exact = torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64
+        box = torch.as_tensor(box, dtype=exact, device=device)
         top, left, bottom, right = (edge[..., None] for edge in box.unbind(-1))
-        rows = top + (bottom - top) * (torch.arange(height, dtype=torch.float64, device=device) + 0.5) / height
-        columns = left + (right - left) * (torch.arange(width, dtype=torch.float64, device=device) + 0.5) / width
+        rows = top + (bottom - top) * (torch.arange(height, dtype=exact, device=device) + 0.5) / height
+        columns = left + (right - left) * (torch.arange(width, dtype=exact, device=device) + 0.5) / width
         shape = (*box.shape[:-1], height, width)
         return torch.stack((rows[..., :, None].expand(shape), columns[..., None, :].expand(shape)), dim=-3).float()
 
@@ -183,28 +185,37 @@ class CoordinateUNet2DModel(UNet2DModel):
         return torch.stack((angles.sin(), angles.cos()), dim=3).flatten(1, 3)
 
     def _encoding(self, sample: torch.Tensor, coordinates: torch.Tensor | None) -> torch.Tensor:
-        """The encoded grid for `sample`, [1 or B, 4L, H, W]; the last one is kept: a sampling loop pays once."""
+        """The encoded grid for `sample`, [1 or B, 4L, H, W]; kept, so that a step of a loop pays nothing for it."""
         height, width = sample.shape[-2:]
-        key = (height, width, sample.device, sample.dtype)
         compiling = torch.compiler.is_compiling()
-        if self._last_encoding is not None and not compiling:
-            last_key, last_coordinates, last_version, encoding = self._last_encoding
-            version = None if coordinates is None else coordinates._version
-            if last_key == key and last_coordinates is coordinates and last_version == version:
-                return encoding
         if coordinates is None:
-            grid = self.coordinate_grid(height, width, device=sample.device)[None]
-        else:
-            if coordinates.shape[1:] != (2, height, width) or coordinates.shape[0] not in (1, sample.shape[0]):
-                raise ValueError(
-                    f"coordinates of shape {tuple(coordinates.shape)}: expected {(sample.shape[0], 2, height, width)}"
-                )
-            shared = coordinates.shape[0] > 1 and coordinates.stride(0) == 0
-            grid = (coordinates[:1] if shared else coordinates).to(sample.device)
+            key = (height, width, sample.device, sample.dtype)
+            encoding = None if compiling else self._encodings.get(key)
+            if encoding is None:
+                device = sample.device if compiling else None  # made on the CPU, a GPU need not wait for the box
+                grid = self.coordinate_grid(height, width, device=device)[None]
+                encoding = self.encode_coordinates(grid).to(sample.device, sample.dtype)
+                if not compiling:
+                    if len(self._encodings) >= 16:
+                        self._encodings.clear()
+                    self._encodings[key] = encoding
+            return encoding
+
+        if coordinates.shape[1:] != (2, height, width) or coordinates.shape[0] not in (1, sample.shape[0]):
+            raise ValueError(
+                f"coordinates of shape {tuple(coordinates.shape)}: expected {(sample.shape[0], 2, height, width)}"
+            )
+        version = None if compiling or coordinates.is_inference() else coordinates._version
+        if not compiling and self._last_window is not None:
+            last, last_version, encoding = self._last_window
+            same = last is coordinates and last_version == version
+            if same and encoding.device == sample.device and encoding.dtype == sample.dtype:
+                return encoding
+        shared = coordinates.shape[0] > 1 and coordinates.stride(0) == 0
+        grid = (coordinates[:1] if shared else coordinates).to(sample.device)
         encoding = self.encode_coordinates(grid).to(sample.dtype)
         if not compiling:
-            version = None if coordinates is None else coordinates._version
-            self._last_encoding = (key, coordinates, version, encoding)
+            self._last_window = (coordinates, version, encoding)
         return encoding
 
     def forward(

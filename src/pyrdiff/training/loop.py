@@ -57,12 +57,19 @@ def train(method: Method, settings: TrainingSettings) -> Path:
         log_with=settings.report_to,
         project_dir=settings.output_dir,
     )
+    if settings.report_to and not accelerator.log_with:
+        raise ValueError(f"report_to={settings.report_to!r}: expected a tracker that is installed")
     folder = Path(settings.output_dir)
     _check_folder(folder, settings)
-    if accelerator.is_main_process:
-        checkpoints.sweep_strays(folder)
+
+    # Model and scheduler.
+    torch.manual_seed(settings.seed)
+    network = method.model(settings, settings.image_channels)
+    scheduler = method.scheduler(settings)
 
     # Data.
+    if accelerator.is_main_process:
+        checkpoints.sweep_strays(folder)
     with accelerator.main_process_first():
         source = open_source(
             settings.train_data_dir or settings.dataset_name,
@@ -90,10 +97,6 @@ def train(method: Method, settings: TrainingSettings) -> Path:
         accumulation=settings.gradient_accumulation_steps,
     )
 
-    # Model and scheduler.
-    torch.manual_seed(settings.seed)
-    network = method.model(settings, images.channels)
-    scheduler = method.scheduler(settings)
     pipeline = method.pipeline(settings, network, scheduler, images)
 
     # The loop, then save.
@@ -125,6 +128,7 @@ class Run:
         self._schedule: tuple | None = None  # (total steps, factor of the rate by step)
         self.signal_number = 0
         self.reserve = 5.0  # seconds kept for the end of a run with a budget
+        self.step_seconds = 0.0  # mean of the last 100 steps
         self.identity = {
             "method": method.name,
             "network": _public(network),
@@ -162,7 +166,7 @@ class Run:
                 foreach=True,
             )
         self._resume()
-        compiled = torch.compile(network) if settings.compile else network
+        compiled = torch.compile(network, dynamic=False) if settings.compile else network
         self.model, self.prepared_optimizer = accelerator.prepare(compiled, self.optimizer)
 
     # Progress, time and rate.
@@ -185,10 +189,10 @@ class Run:
             self._schedule = (self.total_steps, schedule.lr_lambdas[0])
         return self.settings.learning_rate * self._schedule[1](self.step)
 
-    def _plan_length(self, step_seconds: float) -> None:
+    def _plan_length(self) -> None:
         """With a budget in minutes: as many steps as fit, agreed between the processes."""
         left = self.settings.minutes * 60 - self.seconds - self.reserve
-        total = [max(1, self.step + max(0, int(left / step_seconds)))]
+        total = [max(1, self.step + max(0, int(left / self.step_seconds)))]
         self.total_steps = broadcast_object_list(total)[0] if self.accelerator.num_processes > 1 else total[0]
 
     def fit(self) -> None:
@@ -197,10 +201,11 @@ class Run:
         if accelerator.is_main_process:
             self._open_folder()
         accelerator.wait_for_everyone()
+        levels = len(settings.sizes)
         log = (self.folder / "log.jsonl").open("a", encoding="utf-8") if accelerator.is_main_process else None
         bar = tqdm(total=self.total_steps, initial=self.step, disable=not accelerator.is_main_process, mininterval=2.0)
         bar.set_description("training")
-        durations, unchecked, stop = [], None, 0
+        first, durations, unchecked, stop = self.step, [], None, 0
         with self._signals():
             while self.step < self.total_steps and not stop:
                 began = time.monotonic()
@@ -221,17 +226,21 @@ class Run:
                     loss, _, stop_now = self._check(*unchecked)
                     stop, unchecked = stop or stop_now, None
                     if logging and log is not None:
-                        self._log(log, level, loss, rate, durations)
+                        self._log(log, level, loss, rate)
                 if saving or stop:
                     self._save()
-                durations = [*durations[-99:], time.monotonic() - began]
+                if self.step - first > 2 * len(settings.sizes):  # the first visits to a level compile and warm up
+                    durations = [*durations[-99:], time.monotonic() - began]
+                    self.step_seconds = sum(durations) / len(durations)
                 bar.update()
-                if settings.save_images_steps and self.step % settings.save_images_steps == 0 and not stop:
+                planning = settings.minutes is not None and self.step % (8 * levels) == 4 * levels
+                every = settings.save_images_steps
+                if every and not stop and (self.step % every == 0 or (planning and self.step < 8 * levels)):
                     before = time.monotonic()
                     self._preview()
                     self.reserve = max(self.reserve, 2 * (time.monotonic() - before) + 5.0)
-                if settings.minutes is not None and self.step % (8 * len(settings.sizes)) == 4 * len(settings.sizes):
-                    self._plan_length(sum(durations) / len(durations))
+                if planning and durations:
+                    self._plan_length()
                     bar.total = self.total_steps
         if unchecked is not None:
             self._check(*unchecked)
@@ -239,19 +248,23 @@ class Run:
         if log is not None:
             log.close()
         if 0 < stop < TIME_IS_UP:
+            accelerator.end_training()
             raise TrainingStopped(int(stop), self.step)
         if self.folder / f"checkpoint-{self.step}" not in checkpoints.list_checkpoints(self.folder):
             self._save()
 
-    def _optimise(self) -> tuple[int, torch.Tensor]:
-        """One optimiser step. Returns the level and, on the device, [loss, gradient norm, signal] of all processes."""
+    def _optimise(self) -> tuple[int, tuple]:
+        """
+        One optimiser step. Returns the level, and what `_check` reads: [loss, gradient norm, why to stop] over all
+        processes, on its way to the CPU, and the event of its arrival.
+        """
         settings, accelerator = self.settings, self.accelerator
         losses = []
         for micro in range(settings.gradient_accumulation_steps):
             batch = self.batches.draw(self.step, micro)
-            images = batch.images.to(accelerator.device, non_blocking=True)
+            images = self._on_device(batch.images)
             images = images.to(torch.float32, memory_format=self.memory_format).div_(127.5).sub_(1)
-            boxes = None if batch.boxes is None else batch.boxes.to(accelerator.device, non_blocking=True)
+            boxes = None if batch.boxes is None else self._on_device(batch.boxes)
             draws = Draws(
                 settings.seed,
                 self.step,
@@ -277,11 +290,26 @@ class Run:
         if accelerator.num_processes > 1:
             mean = accelerator.reduce(mean, "mean")
             stop = accelerator.gather(stop[None]).max()
-        return batch.level, torch.stack((mean.float(), norm.float(), stop.float()))
+        statistics = torch.stack((mean.float(), norm.float(), stop.float()))
+        if not statistics.is_cuda:
+            return batch.level, (statistics, None)
+        # Copied as soon as the step is done; who reads it waits for this step only, not for what is queued after it.
+        statistics, done = statistics.to("cpu", non_blocking=True), torch.cuda.Event()
+        done.record()
+        return batch.level, (statistics, done)
 
-    def _check(self, step: int, statistics: torch.Tensor) -> list[float]:
+    def _on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Moved without waiting for the work that the GPU has queued."""
+        if self.accelerator.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.accelerator.device, non_blocking=True)
+
+    def _check(self, step: int, statistics: tuple) -> list[float]:
         """Reads a step's statistics; stops the run if they are not finite, after writing down the batch."""
-        loss, norm, stop = statistics.tolist()
+        values, arrived = statistics
+        if arrived is not None:
+            arrived.synchronize()
+        loss, norm, stop = values.tolist()
         fp16_skip = self.accelerator.scaler is not None and math.isfinite(loss)
         if math.isfinite(loss) and (math.isfinite(norm) or fp16_skip):
             return [loss, norm, stop]
@@ -346,6 +374,9 @@ class Run:
             if not path.is_dir():
                 raise ValueError(f"resume_from_checkpoint={wanted!r}: expected 'latest', 'none' or a checkpoint folder")
         tensors, state = checkpoints.load_checkpoint(path)
+        newest = checkpoints.list_checkpoints(self.folder)[-1:]
+        if wanted != "latest" and newest and newest[0].name != f"checkpoint-{state['step']}":
+            raise ValueError(f"resume_from_checkpoint={wanted!r}: {newest[0]} is there; expected another output_dir")
         for key, value in self.identity.items():
             if state["identity"].get(key) != value:
                 raise ValueError(
@@ -357,20 +388,25 @@ class Run:
         if self.ema is not None:
             if "ema" not in tensors:
                 raise ValueError(f"use_ema=True: {path} was trained without; expected use_ema=False")
-            shadow = [tensors["ema"][name] for name, _ in self.network.named_parameters()]
-            self.ema.load_state_dict({**state["ema"], "shadow_params": shadow})
-            self.ema.to(self.accelerator.device)
+            named = self.network.named_parameters()
+            shadow = [torch.empty_like(value).copy_(tensors["ema"][name]) for name, value in named]
+            counter = {"optimization_step": state["ema"]["optimization_step"], "shadow_params": shadow}
+            self.ema.load_state_dict({**self.ema.state_dict(), **counter})
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.earlier_seconds = state["step"], state["seconds"]
         if self.settings.minutes is not None:
-            self._plan_length(self.seconds / max(1, self.step))
+            self.step_seconds = state["step_seconds"] or self.seconds / max(1, self.step)
+            self._plan_length()
         self.accelerator.print(f"resuming from {path}")
 
     def _load_optimizer(self, tensors: dict[str, torch.Tensor]) -> None:
         state: dict[int, dict[str, torch.Tensor]] = {}
         for name, value in tensors.items():
             index, key = name.split(".", 1)
+            like = self.parameters[int(index)]
+            if value.shape == like.shape:  # the fused optimiser needs the parameter's memory layout
+                value = torch.empty_like(like, dtype=value.dtype).copy_(value)
             state.setdefault(int(index), {})[key] = value
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
@@ -384,6 +420,7 @@ class Run:
             state = {
                 "step": self.step,
                 "total_steps": self.total_steps,
+                "step_seconds": self.step_seconds,
                 "seconds": self.seconds,
                 "identity": self.identity,
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
@@ -424,14 +461,14 @@ class Run:
             }
             self.accelerator.init_trackers(self.method.name, config=values)
 
-    def _log(self, log, level: int, loss: float, rate: float, durations: list[float]) -> None:
+    def _log(self, log, level: int, loss: float, rate: float) -> None:
         values = {
             "step": self.step,
             "resolution": "{}x{}".format(*self.settings.sizes[level]),
             "loss": loss,
             "learning_rate": rate,
             "seconds": round(self.seconds, 3),
-            "step_seconds": round(sum(durations) / max(1, len(durations)), 4),
+            "step_seconds": round(self.step_seconds, 4),
             "total_steps": self.total_steps,
         }
         log.write(json.dumps(values) + "\n")

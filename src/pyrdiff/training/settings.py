@@ -1,5 +1,7 @@
 """The flags that every training script has, named as in diffusers' `train_unconditional.py`."""
 
+import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -131,6 +133,7 @@ def parse(settings: type[S], description: str, args: list[str] | None = None) ->
 
 def run(main: Callable[[], None]) -> None:
     """Runs a script's main function; what a user can mend is one line on stderr and an exit code, not a traceback."""
+    _end_with_launcher()
     try:
         main()
     except TrainingStopped as stopped:
@@ -148,6 +151,15 @@ def run(main: Callable[[], None]) -> None:
         if not isinstance(error, CheckpointError):
             raise
         _exit(error, EXIT_BAD_INPUT)
+
+
+def _end_with_launcher() -> None:
+    """`accelerate launch` passes no signal on: when it ends, Linux then sends SIGTERM here, which saves."""
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        import ctypes
+
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _exit(error: Exception, code: int):
