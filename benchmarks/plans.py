@@ -3,17 +3,15 @@ Time and score sampling plans on one trained network, side by side, in one run:
 
     python benchmarks/plans.py --model runs/pddpm/pipeline --reference my_images --output benchmarks/results/plans.json
 
-Arms are run in turn, again and again, and stock loops of diffusers on the same network stand beside ours. Prints the
-table from the JSON; `--table FILE` prints it again.
+Arms are run in turn, again and again, and stock loops of diffusers on the same network stand beside ours.
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import time
-from pathlib import Path
+
+import report
 
 SLOW = 60  # NFE-eq; arms above it are run `--slow_runs` times
 
@@ -53,7 +51,6 @@ def arms(pipeline) -> dict:
 
 
 def measure(options) -> dict:
-    import diffusers
     import torch
 
     import pyrdiff
@@ -114,23 +111,17 @@ def measure(options) -> dict:
         row["seconds_min"] = min(row["seconds"])
         if slowest is not None:
             row["vs_ddpm_1000"] = slowest["seconds_median"] / row["seconds_median"]
-        if options.lpips_weights:
+        # A Frechet distance depends on the number of images: arms that have fewer get none.
+        if options.lpips_weights and len(images) >= options.runs * options.batch_size:
             row["frechet_squeezenet"] = frechet(images, truth[: options.reference_images], options.lpips_weights)
     return {
+        "bench": "plans",
         "batch_size": options.batch_size,
         "seed": options.seed,
+        "bf16": options.bf16,
         "model": {"parameters": sum(p.numel() for p in base.unet.parameters()), "resolutions": list(sizes)},
         "data": {"fingerprint": reference.fingerprint, "images": len(reference)},
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.processor() or "cpu",
-        "threads": torch.get_num_threads(),
-        "bf16": options.bf16,
-        "load": os.getloadavg(),
-        "versions": {
-            "pyrdiff": pyrdiff.__version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "python": platform.python_version(),
-        },
+        **report.surroundings(options.threads),
         "arms": list(results.values()),
     }
 
@@ -194,9 +185,9 @@ def squeezenet_features(images, weights: str):
 
 def table(result: dict) -> str:
     lines = [
-        f"batch {result['batch_size']}, {result['threads']} threads, {'bf16' if result['bf16'] else 'float32'}, "
-        f"{result['model']['parameters'] / 1e6:.1f}M parameters at {result['model']['resolutions']}, "
-        f"torch {result['versions']['torch']}, diffusers {result['versions']['diffusers']}",
+        f"{result['model']['parameters'] / 1e6:.1f}M parameters at {result['model']['resolutions']}, batch "
+        f"{result['batch_size']}, {'bf16' if result['bf16'] else 'float32'}, seed {result['seed']}. "
+        f"{report.caption(result)} Scores against {result['data']['images']} reference images.",
         "",
         "| plan | calls | NFE-eq | seconds, median (min) of n | vs DDPM-1000 | Fréchet (images) | power an octave |",
         "|---|---|---|---|---|---|---|",
@@ -217,7 +208,6 @@ def main() -> None:
     parser.add_argument("--reference", help="images to compare the spectrum and features with, best held out")
     parser.add_argument("--array_key", help="array of an .npz reference")
     parser.add_argument("--output", help="JSON to write")
-    parser.add_argument("--table", help="print the table of this JSON and stop")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--slow_runs", type=int, default=2, help="runs of the arms above 60 NFE-eq")
@@ -229,16 +219,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--bf16", action="store_true")
     options = parser.parse_args()
-    if options.table:
-        print(table(json.loads(Path(options.table).read_text(encoding="utf-8"))))
-        return
     if not (options.model and options.reference and options.output):
-        parser.error("expected --model, --reference and --output (or --table)")
-    result = measure(options)
-    path = Path(options.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(table(result))
+        parser.error("expected --model, --reference and --output")
+    report.save(measure(options), options.output)
 
 
 if __name__ == "__main__":

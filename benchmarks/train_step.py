@@ -9,13 +9,13 @@ decoded images already in memory.
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 from pathlib import Path
+
+import report
 
 
 class StockLoop:
@@ -123,7 +123,6 @@ class OurLoop:
 
 
 def measure(options) -> dict:
-    import diffusers
     import torch
 
     import pyrdiff
@@ -156,18 +155,13 @@ def measure(options) -> dict:
         ratio = statistics.median(a / b for a, b in zip(ours, values, strict=True))
         arms.append({"name": name, "seconds": values, "median": statistics.median(values), "pyrdiff_over_this": ratio})
     return {
+        "bench": "train_step",
         "resolution": options.resolution,
         "batch_size": options.batch_size,
         "preset": options.preset,
         "mixed_precision": options.mixed_precision,
-        "threads": torch.get_num_threads(),
         "steps_a_block": options.steps,
-        "load": os.getloadavg(),
-        "versions": {
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "python": platform.python_version(),
-        },
+        **report.surroundings(options.threads),
         "arms": arms,
     }
 
@@ -175,8 +169,7 @@ def measure(options) -> dict:
 def table(result: dict) -> str:
     lines = [
         f"{result['preset']} at {result['resolution']}, batch {result['batch_size']}, mixed precision "
-        f"{result['mixed_precision']}, {result['threads']} threads, torch {result['versions']['torch']}, "
-        f"diffusers {result['versions']['diffusers']}",
+        f"{result['mixed_precision']}. {report.caption(result)}",
         "",
         "| loop | seconds a step, median (min) of blocks | pyrdiff / this, median of pairs |",
         "|---|---|---|",
@@ -191,7 +184,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_data_dir", help="folder of images")
     parser.add_argument("--output", help="JSON to write")
-    parser.add_argument("--table", help="print the table of this JSON and stop")
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--preset", default="small")
@@ -200,16 +192,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
-    if options.table:
-        print(table(json.loads(Path(options.table).read_text(encoding="utf-8"))))
-        return
     if not (options.train_data_dir and options.output):
-        parser.error("expected --train_data_dir and --output (or --table)")
-    result = measure(options)
-    path = Path(options.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(table(result))
+        parser.error("expected --train_data_dir and --output")
+    report.save(measure(options), options.output)
 
 
 if __name__ == "__main__":

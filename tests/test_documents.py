@@ -1,0 +1,26 @@
+"""What the documents say is what the files say."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_tables_are_printed_from_the_results():
+    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "report.py"), "--check"], check=True)
+
+
+def test_the_readme_names_flags_files_and_names_that_exist():
+    from pyrdiff.methods.pddpm import PyramidalSettings
+    from pyrdiff.training.method import methods
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    training = text[text.index("## Train") : text.index("## Sample")]
+    flags = set(re.findall(r"--([a-z_]+)", training)) - {"help"}
+    assert flags and flags <= set(PyramidalSettings.__dataclass_fields__)
+    for path in re.findall(r"(?:examples|benchmarks)/[\w.]+", text):
+        assert (ROOT / path).exists(), path
+    for method in methods().values():
+        assert f"examples/train_{method.name}.py" in text, "a row for each method"
