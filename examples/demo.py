@@ -48,7 +48,7 @@ def faster_precision() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", default="demo")
-    parser.add_argument("--minutes", type=float, default=3.5, help="training time")
+    parser.add_argument("--minutes", type=float, default=4.6, help="training time")
     options = parser.parse_args()
     folder = Path(options.output_dir)
 
