@@ -35,11 +35,17 @@ def arms(pipeline) -> dict:
         "pyramid 1000/30/30, DDPM (paper)": (ddpm, None, dict(num_inference_steps=1000, refine_steps=30)),
         "pyramid 100/10/10, DDPM (paper)": (ddpm, None, dict(num_inference_steps=100, refine_steps=10)),
         "pyramid 100/8/8, DDPM + DPM-Solver++": (ddpm, solver, dict(num_inference_steps=100, refine_steps=8)),
-        "the same, matched jump": (
+        "pyramid 100/8/8, DDPM + DPM-Solver++, matched jump": (
             ddpm,
             solver,
             dict(num_inference_steps=100, refine_steps=8, stage_jump="matched"),
         ),
+        "pyramid 100/8/8, DDPM + DPM-Solver++, strength 0.2": (
+            ddpm,
+            solver,
+            dict(num_inference_steps=100, refine_steps=8, refine_strength=0.2),
+        ),
+        "pyramid 100/8/8, DDPM": (ddpm, None, dict(num_inference_steps=100, refine_steps=8)),
         "pyramid 50/5/5, DDPM + DPM-Solver++": (ddpm, solver, dict(num_inference_steps=50, refine_steps=5)),
         "pyramid 20/5/5, DPM-Solver++": (solver, None, dict(num_inference_steps=20, refine_steps=5)),
         "pyramid 20/5/5, matched jump": (
