@@ -122,16 +122,13 @@ def loss(network, scheduler, settings: PyramidalSettings, batch, draws):
 
 
 def build_pipeline(settings: PyramidalSettings, network, scheduler, images):
-    """Ancestral steps at the lowest level, DPM-Solver++ with clipped estimates above: the best plan measured so far."""
-    from diffusers import DPMSolverMultistepScheduler
-
+    """Ancestral steps at every level, as in the paper: the best plan measured so far (benchmarks/README.md)."""
     from pyrdiff.data import detail_spectra
     from pyrdiff.pipelines import PyramidalPipeline
 
-    refine = DPMSolverMultistepScheduler.from_config(scheduler.config, thresholding=True, sample_max_value=1.0)
     names = ["{}x{}".format(*size) for size in settings.sizes]
     spectra = dict(zip(names[1:], detail_spectra(images), strict=True)) or None
-    return PyramidalPipeline(network, scheduler, refine, detail_spectra=spectra)
+    return PyramidalPipeline(network, scheduler, detail_spectra=spectra)
 
 
 METHOD = Method(
