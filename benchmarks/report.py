@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def surroundings(threads: int) -> dict:
@@ -70,7 +70,7 @@ def main() -> None:
     check = parser.parse_args().check
     readme = HERE / "README.md"
     text = readme.read_text(encoding="utf-8")
-    filled = TABLE.sub(lambda found: found[1] + table_of(HERE / "results" / found[2]) + found[3], text)
+    filled = TABLE.sub(lambda found: found[1] + table_of(HERE / "results" / found[2]) + "\n" + found[3], text)
     if check and filled != text:
         sys.exit("benchmarks/README.md: its tables are not those of the results; run benchmarks/report.py")
     if not check:

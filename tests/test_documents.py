@@ -10,6 +10,9 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_tables_are_printed_from_the_results():
     subprocess.run([sys.executable, str(ROOT / "benchmarks" / "report.py"), "--check"], check=True)
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"<!-- table: (\S+) -->", text)
+    assert sorted(shown) == sorted(path.name for path in (ROOT / "benchmarks" / "results").glob("*.json"))
 
 
 def test_the_readme_names_flags_files_and_names_that_exist():
