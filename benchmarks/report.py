@@ -1,7 +1,9 @@
 """
 Results are JSON files; tables are printed from them, never typed. Fill the tables of the README from the results:
 
-    python benchmarks/report.py            # --check: only say whether they are up to date
+    python benchmarks/report.py            # --check: only say whether they are up to date; --plots: draw those, too
+
+A marker is `<!-- table: FILE -->` or, if the bench has several tables of a result, `<!-- table: FILE VIEW -->`.
 """
 
 import argparse
@@ -14,7 +16,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- table: (\S+?)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def surroundings(threads: int) -> dict:
@@ -58,23 +60,36 @@ def save(result: dict, path: str) -> None:
     print(table_of(target))
 
 
-def table_of(path: Path) -> str:
-    """The table of a result, by the bench that made it."""
+def table_of(path: Path, view: str | None = None) -> str:
+    """The table of a result, by the bench that made it; `view` chooses one of several."""
     result = json.loads(path.read_text(encoding="utf-8"))
-    return importlib.import_module(result["bench"]).table(result)
+    return importlib.import_module(result["bench"]).table(result, **({"view": view} if view else {}))
+
+
+def draw_plots() -> None:
+    """Draws the plot of every result whose bench has one, beside its JSON file."""
+    for path in sorted((HERE / "results").glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        bench = importlib.import_module(result["bench"])
+        if hasattr(bench, "plot"):
+            bench.plot(result, path.with_suffix(".png"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
-    check = parser.parse_args().check
+    parser.add_argument("--plots", action="store_true")
+    options = parser.parse_args()
+    check = options.check
     readme = HERE / "README.md"
     text = readme.read_text(encoding="utf-8")
-    filled = TABLE.sub(lambda found: found[1] + table_of(HERE / "results" / found[2]) + "\n" + found[3], text)
+    filled = TABLE.sub(lambda found: found[1] + table_of(HERE / "results" / found[2], found[3]) + "\n" + found[4], text)
     if check and filled != text:
         sys.exit("benchmarks/README.md: its tables are not those of the results; run benchmarks/report.py")
     if not check:
         readme.write_text(filled, encoding="utf-8")
+    if options.plots:
+        draw_plots()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import diffusers
 import numpy as np
 import PIL.Image
 import torch
@@ -84,11 +85,31 @@ class PyramidalPipeline(DiffusionPipeline):
         detail_spectra (`dict`, *optional*): For `stage_jump="matched"`: the covariance over channels of the details
             that enlarging loses, by spatial frequency: {"HxW" of a level: [bins, C, C]}, in the [-1, 1] range. The
             trainer measures it.
+        spectra (`dict`, *optional*): Colour axes and power spectrum of the training images at every level, as
+            `pyrdiff.plan.Spectra` keeps them. The trainer measures them; plans are fitted to them.
+        plans (`dict`, *optional*): Named plans for `plan=`: {name: {argument of a call: value}}, and in it, as
+            "scheduler" and "refine_scheduler", [class of diffusers, {setting: value}] to run the levels with instead.
     """
 
     model_cpu_offload_seq = "unet"
     _optional_components = ["refine_scheduler"]
     _callback_tensor_inputs = ["latents"]
+    NOISE_PROCESS = (
+        "num_train_timesteps",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "prediction_type",
+    )
+    PLAN_ARGUMENTS = (
+        "resolutions",
+        "num_inference_steps",
+        "refine_steps",
+        "refine_strength",
+        "spacing",
+        "stage_jump",
+    )
 
     def __init__(
         self,
@@ -96,10 +117,12 @@ class PyramidalPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         refine_scheduler: SchedulerMixin | None = None,
         detail_spectra: dict | None = None,
+        spectra: dict | None = None,
+        plans: dict | None = None,
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, refine_scheduler=refine_scheduler)
-        self.register_to_config(detail_spectra=detail_spectra)
+        self.register_to_config(detail_spectra=detail_spectra, spectra=spectra, plans=plans)
         for name in ("scheduler", "refine_scheduler"):
             part = getattr(self, name)
             if part is not None and not (hasattr(part, "add_noise") and hasattr(part, "alphas_cumprod")):
@@ -133,9 +156,58 @@ class PyramidalPipeline(DiffusionPipeline):
         refine_steps: int | Sequence[int] = 8,
         refine_strength: float | Sequence[float] = 0.3,
         spacing: Literal["scheduler", "log_snr"] | Sequence[Sequence[int]] = "scheduler",
+        plan: str | dict | None = None,
     ) -> PyramidalPlan:
         """The levels, steps and cost of a call with these arguments (see `__call__`), without running the network."""
+        if plan is not None:
+            given = (resolutions, num_inference_steps, refine_steps, refine_strength, spacing)
+            arguments, schedulers = self._named_plan(plan, dict(zip(self.PLAN_ARGUMENTS, given, strict=False)))
+            arguments = {name: value for name, value in arguments.items() if name != "stage_jump"}
+            return self._lay_out(schedulers, **arguments)
+        schedulers = (self.scheduler, self.refine_scheduler or self.scheduler)
+        return self._lay_out(schedulers, resolutions, num_inference_steps, refine_steps, refine_strength, spacing)
+
+    def _named_plan(self, plan: str | dict, given: dict) -> tuple[dict, tuple]:
+        """The arguments and the two schedulers of a plan; raises if arguments were given beside it."""
+        defaults = inspect.signature(type(self).__call__).parameters
+        for name, value in given.items():
+            if value is not defaults[name].default and value != defaults[name].default:
+                raise ValueError(f"plan={plan!r} with {name}={value!r}: expected one or the other")
+        if isinstance(plan, str):
+            known = self.config.plans or {}
+            if plan not in known:
+                raise ValueError(f"plan={plan!r}: expected one of {sorted(known)}, or a dict of arguments")
+            plan = known[plan]
+        arguments, schedulers = {name: defaults[name].default for name in self.PLAN_ARGUMENTS}, {}
+        for name, value in plan.items():
+            if name in self.PLAN_ARGUMENTS:
+                arguments[name] = value
+            elif name in ("scheduler", "refine_scheduler"):
+                schedulers[name] = None if value is None else self._other_scheduler(name, *value)
+            else:
+                raise ValueError(f"plan has {name!r}: expected {self.PLAN_ARGUMENTS}, scheduler, refine_scheduler")
+        low = schedulers.get("scheduler") or self.scheduler
+        own = self.refine_scheduler if not schedulers else None
+        return arguments, (low, schedulers.get("refine_scheduler") or own or low)
+
+    def _other_scheduler(self, name: str, class_name: str, settings: dict) -> SchedulerMixin:
+        """A scheduler of diffusers over the same noise process; all else is its own default, or as set."""
+        kind = getattr(diffusers, class_name, None)
+        if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+            raise ValueError(f"{name} of the plan is {class_name!r}: expected a scheduler of diffusers")
+        config = self.scheduler.config
+        return kind(**{key: config[key] for key in self.NOISE_PROCESS if key in config}, **settings)
+
+    def _lay_out(
+        self, schedulers, resolutions, num_inference_steps, refine_steps, refine_strength, spacing
+    ) -> PyramidalPlan:
         sizes = self._level_sizes(resolutions)
+        if not isinstance(spacing, str):  # the times say how many calls there are
+            if len(spacing) != len(sizes):
+                raise ValueError(
+                    f"spacing gives times for {len(spacing)} levels: expected one list for each of {len(sizes)}"
+                )
+            num_inference_steps, *refine_steps = (len(times) for times in spacing)
         steps = self._per_level("refine_steps", refine_steps, len(sizes) - 1)
         strengths = self._per_level("refine_strength", refine_strength, len(sizes) - 1)
         for name, values in (("num_inference_steps", [num_inference_steps]), ("refine_steps", steps)):
@@ -143,15 +215,11 @@ class PyramidalPipeline(DiffusionPipeline):
                 raise ValueError(f"{name}={values if len(values) > 1 else values[0]}: expected whole numbers from 1 up")
         if not all(0 < strength <= 1 for strength in strengths):
             raise ValueError(f"refine_strength={refine_strength}: expected numbers in (0, 1]")
-        if not isinstance(spacing, str) and len(spacing) != len(sizes):
-            raise ValueError(
-                f"spacing gives times for {len(spacing)} levels: expected one list for each of {len(sizes)}"
-            )
         levels, top_area = [], math.prod(self._network_size(sizes[-1]))
         for index, size in enumerate(sizes):
             calls = [num_inference_steps, *steps][index]
             strength = [1.0, *strengths][index]
-            timesteps = self._set_timesteps(index, calls, strength, spacing)
+            timesteps = self._set_timesteps(schedulers[min(index, 1)], index, calls, strength, spacing)
             network_size = self._network_size(size)
             cost = len(timesteps) * math.prod(network_size) / top_area
             levels.append(PyramidalLevel(size, network_size, [float(t) for t in timesteps], cost))
@@ -168,6 +236,7 @@ class PyramidalPipeline(DiffusionPipeline):
         box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0),
         spacing: Literal["scheduler", "log_snr"] | Sequence[Sequence[int]] = "scheduler",
         stage_jump: Literal["white", "matched"] = "white",
+        plan: str | dict | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
         return_levels: bool = False,
@@ -193,6 +262,8 @@ class PyramidalPipeline(DiffusionPipeline):
                 themselves, one descending list a level.
             stage_jump: What is added to an enlarged image: white noise (the paper), or also noise with the spectrum of
                 the details that enlarging lacks (needs `detail_spectra`).
+            plan: A plan of the pipeline by its name (`pipeline.config.plans`), or one as a dict, in place of all the
+                arguments above but `box`.
             generator: One generator, or one an image: image k then does not depend on the others.
             output_type: "pil", "np" and "pt" in [0, 1], or "latent" in [-1, 1].
             return_levels: Whether to return the images of every level.
@@ -204,7 +275,13 @@ class PyramidalPipeline(DiffusionPipeline):
             ValueError: for arguments out of range, before any work.
         """
         # 1. Check, and lay out the plan.
-        plan = self.plan(resolutions, num_inference_steps, refine_steps, refine_strength, spacing)
+        schedulers = (self.scheduler, self.refine_scheduler or self.scheduler)
+        given = (resolutions, num_inference_steps, refine_steps, refine_strength, spacing, stage_jump)
+        arguments = dict(zip(self.PLAN_ARGUMENTS, given, strict=True))
+        if plan is not None:
+            arguments, schedulers = self._named_plan(plan, arguments)
+        stage_jump = arguments.pop("stage_jump")
+        plan = self._lay_out(schedulers, **arguments)
         self._check_inputs(
             batch_size, box, stage_jump, generator, output_type, callback_on_step_end_tensor_inputs, plan
         )
@@ -212,16 +289,19 @@ class PyramidalPipeline(DiffusionPipeline):
         channels = getattr(self.unet.config, "image_channels", self.unet.config.in_channels)
         takes_coordinates = "coordinates" in inspect.signature(self._plain(self.unet).forward).parameters
         self._interrupt, self._num_timesteps, step_count = False, plan.network_calls, 0
-        calls = [num_inference_steps, *self._per_level("refine_steps", refine_steps, len(plan.levels) - 1)]
-        strengths = [1.0, *self._per_level("refine_strength", refine_strength, len(plan.levels) - 1)]
+        strengths = [1.0, *self._per_level("refine_strength", arguments["refine_strength"], len(plan.levels) - 1)]
         latents, levels = None, []
 
         with self.progress_bar(total=plan.network_calls) as progress:
             for index, level in enumerate(plan.levels):
                 if self.interrupt:
                     break
-                scheduler = self._scheduler_of(index)
-                timesteps = self._set_timesteps(index, calls[index], strengths[index], spacing, device)
+                # The scheduler reads its times as numbers, so they stay on the CPU: a step never waits for a GPU. The
+                # network gets a copy beside it.
+                scheduler = schedulers[min(index, 1)]
+                calls = len(level.timesteps)
+                timesteps = self._set_timesteps(scheduler, index, calls, strengths[index], arguments["spacing"])
+                network_times = timesteps.to(device)
                 shape = (batch_size, channels, *level.network_size)
                 noise = randn_tensor(shape, generator=generator, device=device)
 
@@ -232,21 +312,21 @@ class PyramidalPipeline(DiffusionPipeline):
                     latents = F.interpolate(latents, level.network_size, mode="bicubic", align_corners=False)
                     if stage_jump == "matched":
                         latents = latents + self._detail_noise(shape, level.size, generator, device)
-                    latents = scheduler.add_noise(latents, noise, timesteps[:1].expand(batch_size))
+                    latents = scheduler.add_noise(latents, noise, timesteps[:1].expand(batch_size).to(device))
 
                 # 3. Lines 2-4 and 9-11: the reverse process.
-                arguments = {}
+                where = {}
                 if takes_coordinates:
                     grid = self.coordinate_grid(*level.network_size, box).to(device)
-                    arguments["coordinates"] = grid[None].expand(batch_size, -1, -1, -1)
+                    where["coordinates"] = grid[None].expand(batch_size, -1, -1, -1)
                 step_arguments = {}
                 if "generator" in inspect.signature(scheduler.step).parameters:
                     step_arguments["generator"] = generator
-                for timestep in timesteps:
+                for timestep, network_time in zip(timesteps, network_times, strict=True):
                     if self.interrupt:
                         continue
                     model_input = scheduler.scale_model_input(latents, timestep).to(dtype)
-                    prediction = self.unet(model_input, timestep, **arguments, return_dict=False)[0].float()
+                    prediction = self.unet(model_input, network_time, **where, return_dict=False)[0].float()
                     latents = scheduler.step(prediction, timestep, latents, **step_arguments, return_dict=False)[0]
                     if callback_on_step_end is not None:
                         tensors = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
@@ -264,9 +344,6 @@ class PyramidalPipeline(DiffusionPipeline):
         if not return_dict:
             return (images, levels if return_levels else None)
         return PyramidalPipelineOutput(images=images, levels=levels if return_levels else None)
-
-    def _scheduler_of(self, index: int) -> SchedulerMixin:
-        return self.scheduler if index == 0 or self.refine_scheduler is None else self.refine_scheduler
 
     @staticmethod
     def _plain(module: torch.nn.Module) -> torch.nn.Module:
@@ -313,15 +390,14 @@ class PyramidalPipeline(DiffusionPipeline):
         multiple = self._size_multiple()
         return tuple(math.ceil(side / multiple) * multiple for side in size)
 
-    def _set_timesteps(self, index: int, calls: int, strength: float, spacing, device=None) -> torch.Tensor:
+    def _set_timesteps(self, scheduler, index: int, calls: int, strength: float, spacing) -> torch.Tensor:
         """
         Readies the level's scheduler for `calls` network calls from `strength` of the noise process down to 0, and
         returns their timesteps. A second-order scheduler calls the network twice a step but for the last.
         """
-        scheduler = self._scheduler_of(index)
         train_steps = scheduler.config.num_train_timesteps
         steps = (calls + 1) // 2 if scheduler.order == 2 else calls
-        if steps > strength * train_steps:
+        if isinstance(spacing, str) and steps > strength * train_steps:
             name = "num_inference_steps" if index == 0 else "refine_steps"
             raise ValueError(
                 f"{name}={calls}: expected at most {int(strength * train_steps)}, the training steps up to the noise "
@@ -337,7 +413,7 @@ class PyramidalPipeline(DiffusionPipeline):
                     few = middle + 1
                 else:
                     many = middle
-            scheduler.set_timesteps(few, device=device)
+            scheduler.set_timesteps(few)
             begin = scheduler.order * (few - steps)
             if len(scheduler.timesteps[begin:]) != scheduler.order * (steps - 1) + 1:
                 raise ValueError(
@@ -363,7 +439,7 @@ class PyramidalPipeline(DiffusionPipeline):
                 times = list(spacing[index])
                 if not times or times != sorted(set(times), reverse=True) or times[0] >= train_steps or times[-1] < 0:
                     raise ValueError(f"spacing[{index}]={times}: expected descending times from {train_steps - 1} to 0")
-            scheduler.set_timesteps(timesteps=times, device=device)
+            scheduler.set_timesteps(timesteps=times)
             begin = 0
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(begin)

@@ -13,8 +13,10 @@ PLUGINS = [path for path in PLUGINS if path.name != "__init__.py"]
 # Room: packages of pyrdiff that it may import.
 ROOMS = {
     "data": {"data"},
+    "metrics": {"metrics", "data"},
+    "plan": {"plan", "data"},
     "training": {"training", "data", "models", "schedulers", "pipelines", "hub"},
-    "methods": {"methods", "training", "data", "models", "schedulers", "pipelines"},
+    "methods": {"methods", "training", "data", "models", "schedulers", "pipelines", "plan"},
     "hub.py": {"pipelines", "models", "schedulers"},
 }
 

@@ -1,22 +1,27 @@
 #!/usr/bin/env bash
-# Pyramidal DDPM on colour images at 16/32/64, with coordinates and without (paper P, fig. 6), then every plan timed and
-# scored on the network with coordinates.
+# Pyramidal DDPM on colour images at 16/32/64, then ways of sampling timed and scored on it (paper P, tables 1, 2 and the
+# levels of table 4).
 #
-#   benchmarks/recipes/faces.sh TRAIN_IMAGES TEST_IMAGES OUTPUT [cpu|gpu] [MINUTES an arm]
+#   benchmarks/recipes/faces.sh TRAIN_IMAGES TEST_IMAGES OUTPUT [cpu|gpu] [MINUTES]
 #
-# Resumable: the same command goes on. CPU: a smaller network; GPU: the small preset, compiled. Both in bf16.
+# Resumable: the same command goes on. FEATURES and WEIGHTS choose the feature network (squeezenet, and its file);
+# PRECISION=bf16 pays on a CPU only if it computes in it: others emulate it and are far slower.
 set -euo pipefail
 train=$1 test=$2 output=$3 size=${4:-cpu}
 case $size in
-    cpu) minutes=${5:-40} flags=(--block_out_channels 64 96 128 192 --train_batch_size 48) ;;
-    gpu) minutes=${5:-8} flags=(--train_batch_size 1024 --compile True) ;;
+    cpu) minutes=${5:-60} precision=${PRECISION:-no} flags=(--preset mini --train_batch_size 48 --learning_rate 3e-4)
+         slow=(--skip 'DDPM 1000' 'DDPM 100' '1000/30/30' 'strength 0.5' 'strength 0.4' --score_images 192) ;;
+    gpu) minutes=${5:-9} precision=${PRECISION:-bf16}
+         flags=(--preset small --train_batch_size 1024 --learning_rate 2e-4 --compile True)
+         slow=(--score_images 500 --batch_size 100) ;;
     *) echo "size $size: expected cpu or gpu" >&2; exit 2 ;;
 esac
-for coordinates in True False; do
-    accelerate launch --num_processes 1 --num_machines 1 --mixed_precision bf16 --dynamo_backend no \
-        examples/train_pddpm.py --train_data_dir "$train" --output_dir "$output/coordinates-$coordinates" \
-        --resolution 16 32 64 --preset small --learning_rate 2e-4 --random_flip True \
-        --use_coordinates "$coordinates" --minutes "$minutes" "${flags[@]}"
-done
-python benchmarks/plans.py --model "$output/coordinates-True/pipeline" --reference "$test" --bf16 \
-    --output "$output/plans.json" ${LPIPS_WEIGHTS:+--lpips_weights "$LPIPS_WEIGHTS"}
+accelerate launch --num_processes 1 --num_machines 1 --mixed_precision "$precision" --dynamo_backend no \
+    examples/train_pddpm.py --train_data_dir "$train" --output_dir "$output/training" \
+    --resolution 16 32 64 --random_flip True --minutes "$minutes" "${flags[@]}"
+bench=(python benchmarks/bench.py --model "$output/training/pipeline" --reference "$test" --output "$output/bench.json"
+       --cache "$output/images" --features "${FEATURES:-squeezenet}" ${WEIGHTS:+--weights "$WEIGHTS"})
+[ "$precision" = bf16 ] && bench+=(--bf16)
+"${bench[@]}" --phase score "${slow[@]}"
+"${bench[@]}" --phase memory --only 'DPM-Solver++ 20' 'DDIM 50' 'saved plan' '100/8/8'
+"${bench[@]}" --phase time

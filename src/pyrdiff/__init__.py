@@ -13,8 +13,10 @@ _HOMES = {
     "load": "pyrdiff.hub",
     "data": "pyrdiff.data",
     "hub": "pyrdiff.hub",
+    "metrics": "pyrdiff.metrics",
     "models": "pyrdiff.models",
     "pipelines": "pyrdiff.pipelines",
+    "plan": "pyrdiff.plan",
     "schedulers": "pyrdiff.schedulers",
     "training": "pyrdiff.training",
 }

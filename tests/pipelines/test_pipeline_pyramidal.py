@@ -303,6 +303,92 @@ def test_the_schedulers_are_used_where_they_belong():
     assert times == [900, 500, 100, 0, 300, 20, 200, 10]
 
 
+PLANS = {
+    "fast": {
+        "num_inference_steps": 4,
+        "refine_steps": [2, 1],
+        "scheduler": ["DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}],
+    },
+    "placed": {"resolutions": [8, 16], "spacing": [[900, 500, 0], [200, 10]], "stage_jump": "white"},
+    "mixed": {"scheduler": ["DDPMScheduler", {}], "refine_scheduler": ["UniPCMultistepScheduler", {}]},
+}
+
+
+def test_a_plan_is_the_call_that_it_says():
+    unet = network()
+    pipeline = quiet(unet, DDIMScheduler(), plans=PLANS)
+    arguments = dict(output_type="pt", generator=generators(2))
+    sde = DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++")
+    expected = quiet(unet, sde)(
+        2, num_inference_steps=4, refine_steps=[2, 1], output_type="pt", generator=generators(2)
+    )
+    assert torch.equal(pipeline(2, plan="fast", **arguments).images, expected.images)
+    assert [len(level.timesteps) for level in pipeline.plan(plan="fast").levels] == [4, 2, 1]
+    ddpm = quiet(unet, DDPMScheduler())
+    placed = dict(spacing=[[900, 500, 0], [200, 10]], resolutions=[8, 16])
+    given = {**PLANS["placed"], "scheduler": ["DDPMScheduler", {}]}
+    expected = ddpm(2, output_type="pt", generator=generators(2), **placed).images
+    assert torch.equal(pipeline(2, plan=given, output_type="pt", generator=generators(2)).images, expected)
+    assert [level.timesteps for level in ddpm.plan(plan=PLANS["placed"]).levels] == [[900, 500, 0], [200, 10]]
+    kinds = [type(part).__name__ for part in pipeline._named_plan("mixed", {})[1]]
+    assert kinds == ["DDPMScheduler", "UniPCMultistepScheduler"]
+    assert type(pipeline.scheduler) is DDIMScheduler, "a plan changes nothing of the pipeline"
+
+
+def test_plans_travel_with_the_folder(tmp_path):
+    """A folder's scheduler says every setting, one in memory only those given: a plan depends on neither."""
+    spectra = {"colors": [[1.0]], "power": {"4x4": [[1.0, 0.5, 0.1]]}}
+    pipeline = quiet(network(), DDIMScheduler(), plans=PLANS, spectra=spectra)
+    pipeline.save_pretrained(tmp_path / "saved")
+    loaded = PyramidalPipeline.from_pretrained(tmp_path / "saved")
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.config.spectra == spectra
+    images = [part(1, plan="fast", output_type="latent", generator=generators(1)).images for part in (pipeline, loaded)]
+    assert torch.allclose(*images, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(plan="best"), r"plan='best': expected one of \['fast', 'mixed', 'placed'\]"),
+        (dict(plan="fast", refine_steps=3), "plan='fast' with refine_steps=3: expected one or the other"),
+        (dict(plan="fast", resolutions=[4]), "plan='fast' with resolutions="),
+        (dict(plan={"steps": 3}), "plan has 'steps': expected"),
+        (dict(plan={"scheduler": ["UNet2DModel", {}]}), "scheduler of the plan is 'UNet2DModel'"),
+        (dict(plan={"scheduler": ["Nothing", {}]}), "scheduler of the plan is 'Nothing'"),
+    ],
+)
+def test_bad_plans_are_named_before_any_work(arguments, message):
+    unet, calls = network(), []
+    unet.register_forward_pre_hook(lambda *_: calls.append(1))
+    pipeline = quiet(unet, DDPMScheduler(), plans=PLANS)
+    with pytest.raises(ValueError, match=message):
+        pipeline(1, **arguments)
+    with pytest.raises(ValueError, match=message):
+        pipeline.plan(**arguments)
+    assert not calls
+
+
+def test_no_step_waits_for_a_device():
+    """The scheduler's times are on the CPU, the network's beside its sample, and no value is read back in a step."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    reads = []
+
+    class Reads(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+            if "_local_scalar_dense" in str(operation) and arguments[0].dtype.is_floating_point:
+                reads.append(operation)
+            return operation(*arguments, **(keywords or {}))
+
+    unet, inside = network(), []
+    unet.register_forward_pre_hook(lambda module, arguments: inside.append(len(reads)))
+    pipeline = quiet(unet, DDPMScheduler(), DDIMScheduler())
+    with Reads():
+        pipeline(1, num_inference_steps=5, refine_steps=4, output_type="latent", generator=generators(1))
+    assert len(inside) == 13 and len(set(inside)) == 1, "as many reads before the first call as before the last"
+
+
 def test_log_snr_spacing_is_even():
     pipeline = quiet(network(), DPMSolverMultistepScheduler())
     times = np.array(pipeline.plan([16], 10, spacing="log_snr").levels[0].timesteps).astype(int)

@@ -6,6 +6,8 @@ from typing import Literal
 from pyrdiff.training.method import Method
 from pyrdiff.training.settings import TrainingSettings
 
+CLIP = {"thresholding": True, "sample_max_value": 1.0}  # DPM-Solver's way of clipping the clean estimate to [-1, 1]
+
 
 @dataclass(kw_only=True)
 class PyramidalSettings(TrainingSettings):
@@ -16,8 +18,8 @@ class PyramidalSettings(TrainingSettings):
     """Resolutions, low to high, each a number or HEIGHTxWIDTH. One step trains one of them."""
     patch_size: int | None = None
     """Train on windows of this size, with their coordinates, instead of whole images."""
-    preset: Literal["tiny", "small", "paper"] = "small"
-    """Network: tiny 1.8M, small 15M, paper 20M parameters."""
+    preset: Literal["tiny", "mini", "small", "paper"] = "small"
+    """Network: tiny 1.8M, mini 3.8M, small 15M, paper 20M parameters."""
     block_out_channels: tuple[int, ...] | None = None
     """Channels of each level of the UNet, instead of the preset's."""
     use_coordinates: bool = True
@@ -122,13 +124,31 @@ def loss(network, scheduler, settings: PyramidalSettings, batch, draws):
 
 
 def build_pipeline(settings: PyramidalSettings, network, scheduler, images):
-    """Ancestral steps at every level, as in the paper: the best plan measured so far (benchmarks/README.md)."""
+    """Ancestral steps at every level unless a plan says otherwise; the plans are in `plans`."""
     from pyrdiff.data import detail_spectra
     from pyrdiff.pipelines import PyramidalPipeline
+    from pyrdiff.plan import Spectra
 
     names = ["{}x{}".format(*size) for size in settings.sizes]
-    spectra = dict(zip(names[1:], detail_spectra(images), strict=True)) or None
-    return PyramidalPipeline(network, scheduler, detail_spectra=spectra)
+    details = dict(zip(names[1:], detail_spectra(images), strict=True)) or None
+    spectra = Spectra.of(images).to_dict() if len(images) > 1 else None
+    return PyramidalPipeline(
+        network, scheduler, detail_spectra=details, spectra=spectra, plans=plans(settings.ddpm_num_steps)
+    )
+
+
+def plans(train_steps: int = 1000) -> dict[str, dict]:
+    """
+    What a saved pipeline offers as `plan=`: the paper's, and the best that were found on trained networks in each
+    class of cost (benchmarks/README.md).
+    """
+    ancestral = ["DDPMScheduler", {}]
+    stochastic = ["DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", **CLIP}]
+    return {
+        "fast": {"num_inference_steps": 30, "refine_steps": 4, "scheduler": stochastic},
+        "balanced": {"num_inference_steps": 100, "refine_steps": 8, "scheduler": ancestral},
+        "paper": {"num_inference_steps": train_steps, "refine_steps": 30, "scheduler": ancestral},
+    }
 
 
 METHOD = Method(

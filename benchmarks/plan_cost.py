@@ -1,0 +1,104 @@
+"""
+The predicted time of plans against the measured one, on an idle machine:
+
+    python benchmarks/plan_cost.py --model runs/pddpm/pipeline --output benchmarks/results/plan_cost.json
+
+`pyrdiff.plan.measure_costs` times a step at every level once; then the plans are run in turn, again and again.
+"""
+
+import argparse
+import os
+import statistics
+import time
+
+import report
+
+SDE = ["DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "thresholding": True}]
+PLANS = {
+    "100/8/8, DDPM": {"num_inference_steps": 100, "refine_steps": 8},
+    "50/5/5, DDPM": {"num_inference_steps": 50, "refine_steps": 5},
+    "250/4/2, DDPM": {"num_inference_steps": 250, "refine_steps": [4, 2]},
+    "20/4/2, SDE-DPM-Solver++": {"num_inference_steps": 20, "refine_steps": [4, 2], "scheduler": SDE},
+    "30/2/1, SDE-DPM-Solver++": {"num_inference_steps": 30, "refine_steps": [2, 1], "scheduler": SDE},
+    "10 at the top, SDE-DPM-Solver++": {"num_inference_steps": 10, "scheduler": SDE},
+}
+
+
+def measure(options) -> dict:
+    import torch
+
+    import pyrdiff
+    from pyrdiff.plan import measure_costs
+
+    torch.set_num_threads(options.threads)
+    pipeline = pyrdiff.load(options.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.set_progress_bar_config(disable=True)
+    plans = dict(PLANS)
+    plans["10 at the top, SDE-DPM-Solver++"]["resolutions"] = [pipeline.plan().levels[-1].size]
+    began = time.perf_counter()
+    costs = measure_costs(pipeline, options.batch_size)
+    spent = time.perf_counter() - began
+    seconds = {name: [] for name in plans}
+    for turn in range(options.runs + 1):
+        for name, plan in plans.items():
+            began = time.perf_counter()
+            pipeline(
+                options.batch_size, plan=plan, generator=torch.Generator().manual_seed(turn), output_type="latent"
+            ).images.cpu()
+            if turn:
+                seconds[name].append(time.perf_counter() - began)
+    rows = []
+    for name, plan in plans.items():
+        laid_out, measured = pipeline.plan(plan=plan), statistics.median(seconds[name])
+        predicted = costs.predict(laid_out)
+        rows.append(
+            {
+                "name": name,
+                "nfe_eq": laid_out.nfe_eq,
+                "predicted": predicted,
+                "measured": measured,
+                "runs": seconds[name],
+                "error": predicted / measured - 1,
+            }
+        )
+    return {
+        "bench": "plan_cost",
+        "batch_size": options.batch_size,
+        "model": {"parameters": sum(p.numel() for p in pipeline.unet.parameters())},
+        "costs": costs.seconds,
+        "measuring": spent,
+        **report.surroundings(options.threads),
+        "rows": rows,
+    }
+
+
+def table(result: dict) -> str:
+    steps = ", ".join(f"{1000 * value:.1f} ms at {name}" for name, value in result["costs"].items())
+    lines = [
+        f"{result['model']['parameters'] / 1e6:.1f}M parameters, batch {result['batch_size']}; a step: {steps}, measured "
+        f"in {result['measuring']:.0f} s. {report.caption(result)}",
+        "",
+        "| plan | NFE-eq | predicted, s | measured, s, median (min) of n | predicted / measured |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        measured = f"{row['measured']:.2f} ({min(row['runs']):.2f}) of {len(row['runs'])}"
+        lines.append(
+            f"| {row['name']} | {row['nfe_eq']:.2f} | {row['predicted']:.2f} | {measured} | {1 + row['error']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="exported pyramidal pipeline")
+    parser.add_argument("--output", required=True, help="JSON to write")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    report.save(measure(options), options.output)
+
+
+if __name__ == "__main__":
+    main()

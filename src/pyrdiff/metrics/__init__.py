@@ -1,0 +1,29 @@
+"""Measures of quality: of single images, and of sets of them. Every result says how it was computed."""
+
+from .distribution import FeatureStatistics, bootstrap_interval, frechet_distance, kid, precision_recall
+from .features import Classifier, FeatureNetwork, ImageFeatures, open_features, train_classifier
+from .fidelity import consistency, luma, psnr, ssim
+from .loading import load
+from .perceptual import lpips
+from .result import MetricResult, combine
+
+__all__ = [
+    "Classifier",
+    "FeatureNetwork",
+    "FeatureStatistics",
+    "ImageFeatures",
+    "MetricResult",
+    "bootstrap_interval",
+    "combine",
+    "consistency",
+    "frechet_distance",
+    "kid",
+    "load",
+    "lpips",
+    "luma",
+    "open_features",
+    "precision_recall",
+    "psnr",
+    "ssim",
+    "train_classifier",
+]

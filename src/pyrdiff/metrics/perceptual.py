@@ -1,0 +1,77 @@
+"""LPIPS, the learned perceptual distance between two images."""
+
+import os
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .result import MetricResult, check_pair, check_range, mean_of, to_unit
+from .trunks import NETWORKS, SMALLEST, lpips_heads, open_trunk
+
+TRUNKS = {"alex": "alexnet", "squeeze": "squeezenet", "vgg": "vgg16"}
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of RGB in [-1, 1], as LPIPS was trained
+
+
+@torch.no_grad()
+def lpips(
+    prediction: Tensor,
+    target: Tensor,
+    *,
+    data_range: tuple[float, float],
+    network: Literal["alex", "squeeze", "vgg"] = "alex",
+    weights: str | os.PathLike | None = None,
+    batch_size: int = 16,
+) -> MetricResult:
+    """LPIPS version 0.1 (Zhang et al. 2018, eq. 1); the mean over images. 0 for equal images, smaller is nearer.
+
+    The distance of the unit-length features of a network at each position, weighted by channel with the published
+    linear heads, averaged over positions and added up over layers. Images are compared at the size they have.
+
+    Args:
+        prediction: float [B, C, H, W], values in `data_range`; one channel is repeated to three. On any device.
+        target: the same.
+        data_range: (low, high), what black and white are.
+        network: "alex" for comparisons with most papers, "squeeze" is the smallest, "vgg" was made for losses.
+        weights: file with the network's weights in torchvision's layout (see `open_trunk`), or None for the published
+            file, downloaded once.
+        batch_size: so many pairs at a time. Does not change the result.
+
+    Raises:
+        ValueError: for wrong shapes, values or settings, and for weights that are missing or of another network.
+        ImportError: when the lpips package is missing, whose files hold the linear heads; it is not imported.
+    """
+    check_pair(prediction, target, data_range)
+    if network not in TRUNKS:
+        raise ValueError(f"network: got {network!r}; accepted are {', '.join(map(repr, TRUNKS))}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}; accepted is 1 or more")
+    trunk = TRUNKS[network]
+    if min(prediction.shape[-2:]) < SMALLEST[trunk]:
+        raise ValueError(
+            f"prediction: got images {list(prediction.shape[-2:])}; accepted for network={network!r} are sides of "
+            f"{SMALLEST[trunk]} or more"
+        )
+    heads = lpips_heads(network, prediction.device)
+    state, digest = open_trunk(trunk, weights, prediction.device)
+    shift, scale = (torch.tensor(v, device=prediction.device).reshape(1, 3, 1, 1) for v in (SHIFT, SCALE))
+
+    def taps(images: Tensor) -> list[Tensor]:
+        images = 2 * to_unit(images, data_range, torch.float32).expand(-1, 3, -1, -1) - 1
+        found = NETWORKS[trunk](state, (images - shift) / scale)
+        return [tap / (tap.square().sum(1, keepdim=True).sqrt() + 1e-10) for tap in found]
+
+    distances = []
+    for pair in zip(prediction.split(batch_size), target.split(batch_size), strict=True):
+        layers = zip(heads, *map(taps, pair), strict=True)
+        distances.append(sum((head * (a - b).square()).sum(1).mean((1, 2)) for head, a, b in layers))
+    conventions = {
+        "channels": "gray, repeated to rgb" if prediction.shape[1] == 1 else "rgb",
+        "data_range": list(check_range(data_range)),
+        "version": "0.1",
+        "network": trunk,
+        "layers": len(heads),
+        "resize": None,
+        "weights_sha256": digest,
+    }
+    return mean_of(f"lpips_{network}", torch.cat(distances), conventions)
