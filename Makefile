@@ -28,12 +28,14 @@ test: $(READY)
 demo: $(READY)
 	$(call timed,$(BIN)/python examples/demo.py --output_dir demo)
 
+# lpips is there for its weight files only; what it depends on (torchvision) would replace torch.
 # The pin of torch is left out of the constraints here, so that TORCH decides and the second line keeps what it chose.
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	grep -v '^torch==' constraints.txt > .venv/constraints.txt
 	$(BIN)/python -m pip install -c .venv/constraints.txt $(TORCH)
 	$(BIN)/python -m pip install -c .venv/constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c .venv/constraints.txt --no-deps lpips
 	touch $@
 
 clean:

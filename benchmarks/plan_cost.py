@@ -75,8 +75,8 @@ def measure(options) -> dict:
 def table(result: dict) -> str:
     steps = ", ".join(f"{1000 * value:.1f} ms at {name}" for name, value in result["costs"].items())
     lines = [
-        f"{result['model']['parameters'] / 1e6:.1f}M parameters, batch {result['batch_size']}; a step: {steps}, measured "
-        f"in {result['measuring']:.0f} s. {report.caption(result)}",
+        f"{result['model']['parameters'] / 1e6:.1f}M parameters, batch {result['batch_size']}; a step: {steps}, "
+        f"measured in {result['measuring']:.0f} s. {report.caption(result)}",
         "",
         "| plan | NFE-eq | predicted, s | measured, s, median (min) of n | predicted / measured |",
         "|---|---|---|---|---|",
