@@ -9,13 +9,14 @@ The part of a name before the comma is the group that its mean is taken over. `-
 """
 
 import argparse
-import hashlib
 import os
 import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import report
+import scoring
 
 SAMPLERS = {
     "pyramid": dict(num_inference_steps=100, refine_steps=8),
@@ -25,34 +26,32 @@ SAMPLERS = {
 
 def measure(options) -> dict:
     import torch
-    from bench import octaves
 
     import pyrdiff
-    from pyrdiff.data import ImageLevels, open_source
-    from pyrdiff.metrics import FeatureStatistics, bootstrap_interval, kid, open_features
 
     torch.set_num_threads(options.threads)
-    arms = dict(arm.rsplit("=", 1) for arm in options.arm)
-    network = open_features(options.features, weights=options.weights)
-    source, rows, truth = open_source(options.reference, array_key=options.array_key), [], None
-
-    def statistics_of(features):
-        return FeatureStatistics(features.shape[1]).update(features)
-
-    for name, folder in arms.items():
-        pipeline = pyrdiff.load(folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scorer, rows, shape = None, [], None
+    for name, folder in (arm.rsplit("=", 1) for arm in options.arm):
+        pipeline = pyrdiff.load(folder).to(device)
         pipeline.set_progress_bar_config(disable=True)
-        size = pipeline.plan().levels[-1].size
-        if truth is None:
-            reference = ImageLevels.build(source, [size], channels=pipeline.unet.config.image_channels)
-            chosen = torch.randperm(len(reference), generator=torch.Generator().manual_seed(options.seed))
-            truth = reference.arrays[-1][chosen[: options.reference_images].numpy()]
-            truth = torch.from_numpy(truth).permute(0, 3, 1, 2).float() / 255
-            real = network(truth, data_range=(0, 1)).double()
-            all_real = statistics_of(real)
-        digest = hashlib.sha256()
-        for path in sorted(Path(folder).glob("unet/*.safetensors")):
-            digest.update(path.read_bytes())
+        size, channels = pipeline.plan().levels[-1].size, pipeline.unet.config.image_channels
+        if shape not in (None, (size, channels)):
+            raise ValueError(f"--arm {name!r}: gives {size}, {channels} channels; expected {shape} as the first does")
+        shape = (size, channels)
+        if scorer is None:
+            scorer = scoring.Scorer(
+                options.reference,
+                options.array_key,
+                *shape,
+                options.features,
+                options.weights,
+                device,
+                0,
+                options.reference_images,
+                options.seed,
+                resamples=100,
+            )
         for sampler, arguments in SAMPLERS.items():
             if sampler == "top only":
                 arguments = {**arguments, "resolutions": [size]}
@@ -61,26 +60,19 @@ def measure(options) -> dict:
             for first in range(0, count, options.batch_size):
                 seeds = range(first, min(first + options.batch_size, count))
                 generators = [torch.Generator().manual_seed(options.seed * 1_000_000 + seed) for seed in seeds]
-                images.append(pipeline(len(seeds), generator=generators, output_type="pt", **arguments).images)
+                part = pipeline(len(seeds), generator=generators, output_type="latent", **arguments).images
+                images.append(scoring.to_uint8(part.float().cpu()))
             if not images:
                 continue
-            images = torch.cat(images)
-            features = network(images, data_range=(0, 1)).double()
-            low, high = bootstrap_interval(
-                lambda part, real=all_real: real.distance(statistics_of(part)), features, resamples=100
-            )
+            images = np.concatenate(images)
             row = {
                 "name": name,
                 "group": name.split(",")[0],
                 "sampler": sampler,
                 "arguments": {**arguments, "scheduler": type(pipeline.scheduler).__name__},
-                "images": len(images),
-                "frechet": all_real.distance(statistics_of(features)),
-                "frechet_interval": [low, high],
-                "kid": kid(real, features).value,
-                "octaves": [round(value, 4) for value in octaves(images, truth)],
-                "model": digest.hexdigest(),
+                "model": scoring.model_hash(folder),
                 "use_coordinates": pipeline.unet.config.use_coordinates,
+                **scorer(images),
             }
             rows.append(row)
             print(f"{name}, {sampler}: {row['frechet']:.1f} in {time.perf_counter() - began:.0f} s", flush=True)
@@ -89,30 +81,29 @@ def measure(options) -> dict:
     return {
         "bench": "ablation",
         "title": options.title,
-        "features": network.conventions,
-        "data": {"fingerprint": reference.fingerprint, "images": len(truth)},
         "seed": options.seed,
+        **scorer.description,
         **report.surroundings(options.threads),
         "rows": rows,
     }
 
 
 def save_grid(images, path: Path) -> None:
-    """Samples [N, C, H, W] in [0, 1], twelve a row."""
+    """Samples, uint8 [N, H, W, C], twelve a row."""
     from PIL import Image
 
-    count, channels, height, width = images.shape
+    count, height, width, channels = images.shape
     columns = min(12, count)
     rows = count // columns
-    grid = images[: rows * columns].reshape(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
-    pixels = (grid.reshape(rows * height, columns * width, channels) * 255).round().byte().numpy()
+    grid = images[: rows * columns].reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
+    pixels = grid.reshape(rows * height, columns * width, channels)
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels).save(path)
 
 
 def table(result: dict) -> str:
     lines = [
-        f"{result['title']} {result['features']['network']} features against {result['data']['images']} images; noise "
+        f"{result['title']} {result['features']} features against {result['compared_with']['frechet']} images; noise "
         f"seed {result['seed']}. {report.caption(result)}",
         "",
         "| training | sampled by | Fréchet [95 %] | KID | power an octave |",

@@ -23,11 +23,20 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import report
+import scoring
 
 CLIP = "the clean estimate is clipped to [-1, 1] at every step, saved plans as they are saved"
+PROCESS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
 PHASES = ("score", "memory", "time")
 LATENCY_BATCH = 1
-NEIGHBOURS = 2000  # real images for the scores whose cost grows with their square, and for the spectrum
 SIMILAR = 2.0  # mean difference, of 255, up to which a cached image is taken for the same one
 
 
@@ -40,7 +49,7 @@ def arms(pipeline) -> dict[str, dict]:
     sizes = [list(size) if isinstance(size, (list, tuple)) else size for size in pipeline.unet.config.resolutions]
     ddpm, ddim = {"_class_name": "DDPMScheduler"}, {"_class_name": "DDIMScheduler"}
     solver, unipc = {"_class_name": "DPMSolverMultistepScheduler"}, {"_class_name": "UniPCMultistepScheduler"}
-    log_snr, linspace = {**solver, "use_lu_lambdas": True}, {**solver, "timestep_spacing": "linspace"}
+    log_snr, leading = {**solver, "use_lu_lambdas": True}, {**solver, "timestep_spacing": "leading"}
     sde = {**solver, "algorithm_type": "sde-dpmsolver++"}
     found = {}
 
@@ -70,7 +79,7 @@ def arms(pipeline) -> dict[str, dict]:
         full("DDIM", ddim, steps)
     for steps in (20, 10):
         full("DPM-Solver++", solver, steps, views=["main", "speed"] if steps == 20 else ["main"])
-        full("DPM-Solver++ linspace", linspace, steps)
+        full("DPM-Solver++ leading", leading, steps)
         full("DPM-Solver++ log-SNR", log_snr, steps)
         full("UniPC", unipc, steps)
     full("DDIMParallel", {"_class_name": "DDIMParallelScheduler"}, 50, window=16, tolerance=0.1)
@@ -123,7 +132,7 @@ def chosen_arms(pipeline, extra: str | None, only: list[str] | None, skip: list[
 
 
 def build_scheduler(settings: dict, base):
-    """A scheduler of diffusers with the noise process of `base`, some settings changed, clipping the clean estimate."""
+    """A scheduler of diffusers as its class has it, over the noise process of `base`, clipping the clean estimate."""
     import diffusers
 
     settings = dict(settings)
@@ -136,7 +145,8 @@ def build_scheduler(settings: dict, base):
         clip = dict(clip_sample=True, clip_sample_range=1.0)
     else:  # thresholds between 1 and 1: the same as clipping
         clip = dict(thresholding=True, sample_max_value=1.0)
-    return scheduler_class.from_config(base.config, **{**clip, **settings})
+    process = {key: base.config[key] for key in PROCESS if key in base.config and key in known}
+    return scheduler_class(**{**process, **clip, **settings})
 
 
 class Sampler:
@@ -190,7 +200,7 @@ def stock_images(network, scheduler, shape, generator, num_inference_steps: int)
     """The loop of diffusers' `DDPMPipeline`, with any scheduler."""
     from diffusers.utils.torch_utils import randn_tensor
 
-    scheduler.set_timesteps(num_inference_steps, device=network.device)
+    scheduler.set_timesteps(num_inference_steps)  # on the CPU, as there
     images = randn_tensor(shape, generator=generator, device=network.device) * scheduler.init_noise_sigma
     takes_generator = "generator" in inspect.signature(scheduler.step).parameters
     extra = {"generator": generator} if takes_generator else {}
@@ -263,10 +273,7 @@ class Bench:
         self.samplers = {name: Sampler(arm, self.base, self.base.unet) for name, arm in self.arms.items()}
         self.counters = {self.base.unet: Calls(self.base.unet)}
         self.counted: dict[str, tuple[int, list]] = {}
-        digest = hashlib.sha256()
-        for path in sorted(Path(options.model).glob("unet/*.safetensors")):
-            digest.update(path.read_bytes())
-        self.model_hash = digest.hexdigest()
+        self.model_hash = scoring.model_hash(options.model)
 
     def autocast(self, bf16: bool):
         import torch
@@ -453,8 +460,8 @@ class Bench:
 
         def make(first: int, number: int):
             seeds = [options.seed * 1_000_000 + first + index for index in range(number)]
-            images = self.run(name, number, [torch.Generator().manual_seed(seed) for seed in seeds]).float().cpu()
-            return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            return scoring.to_uint8(self.run(name, number, generators).float().cpu())
 
         kept, path = None, None
         if options.cache:
@@ -481,64 +488,25 @@ class Bench:
 
     def score(self) -> dict:
         """Quality of every arm, and of as many real images, against the other images of the reference."""
-        import torch
-
-        from pyrdiff.data import ImageLevels, open_source
-        from pyrdiff.metrics import FeatureStatistics, bootstrap_interval, kid, open_features, precision_recall
-
-        options, count = self.options, self.options.score_images
-        source = open_source(options.reference, array_key=options.array_key)
-        size = self.base.plan().levels[-1].size
-        reference = ImageLevels.build(source, [size], channels=self.base.unet.config.in_channels)
-        if len(reference) < 2 * count:
-            raise ValueError(
-                f"--score_images={count}: expected at most half of the {len(reference)} reference images, since as "
-                "many real ones are set aside to be scored alike"
-            )
-        order = torch.randperm(len(reference), generator=torch.Generator().manual_seed(options.seed)).numpy()
-        held, rest = (reference.arrays[-1][part] for part in (order[:count], order[count:][: options.reference_images]))
-        network = open_features(options.features, weights=options.weights, device=self.device)
-        conventions = dict(network.conventions)
-        if options.weights and Path(options.weights).is_file():
-            conventions["weights_sha256"] = hashlib.sha256(Path(options.weights).read_bytes()).hexdigest()
-
-        def to_float(images):
-            return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-
-        def statistics_of(features):
-            return FeatureStatistics(features.shape[1]).update(features)
-
-        real = network(to_float(rest), data_range=(0, 1)).double()
-        all_real = statistics_of(real)
-        few, few_images = real[:NEIGHBOURS], to_float(rest[:NEIGHBOURS])
-
-        def scores(images) -> dict:
-            images = to_float(images)
-            mine = network(images, data_range=(0, 1)).double()
-            interval = bootstrap_interval(
-                lambda sample: all_real.distance(statistics_of(sample)), mine, resamples=options.resamples, level=0.95
-            )
-            return {
-                "images": len(images),
-                "frechet": all_real.distance(statistics_of(mine)),
-                "frechet_interval": list(interval),
-                "kid": kid(few, mine).value,
-                "precision_recall": [part.value for part in precision_recall(few, mine)],
-                "octaves": [round(value, 4) for value in octaves(images, few_images)],
-            }
-
-        rows = {name: {"score": scores(self.generated(name, count))} for name in self.arms}
+        options, config = self.options, self.base.unet.config
+        scorer = scoring.Scorer(
+            options.reference,
+            options.array_key,
+            self.base.plan().levels[-1].size,
+            config.in_channels,
+            options.features,
+            options.weights,
+            self.device,
+            options.score_images,
+            options.reference_images,
+            options.seed,
+            options.resamples,
+        )
+        rows = {name: {"score": scorer(self.generated(name, options.score_images))} for name in self.arms}
         return {
-            "scored": {
-                "features": options.features,
-                "conventions": conventions,
-                "images": count,
-                "resamples": options.resamples,
-                "data": {"fingerprint": reference.fingerprint, "images": len(reference)},
-                "compared_with": {"frechet": len(rest), "others": len(few)},
-            },
+            "scored": {"images": options.score_images, **scorer.description},
             "scored_on": report.surroundings(options.threads),
-            "real": {"score": scores(held)},
+            "real": {"score": scorer(scorer.held)},
             "arms": rows,
         }
 
@@ -553,21 +521,6 @@ def _status(name: str) -> int:
     """Bytes, of a line of /proc/self/status."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024
-
-
-def octaves(images, truth) -> list[float]:
-    """Power of samples in each octave (cycles per image: 1, 2, 3-4, 5-8, ...) as a share of the data's."""
-    from pyrdiff.data import radial_covariance
-
-    ratio = []
-    ours, theirs = (radial_covariance(part).diagonal(dim1=1, dim2=2).mean(1) for part in (images, truth))
-    low = 1
-    for high in (2**power for power in range(16)):
-        if high > images.shape[-1] // 2:
-            break
-        ratio.append((ours[low : high + 1].mean() / theirs[low : high + 1].mean()).item())
-        low = high + 1
-    return ratio
 
 
 def measure(options) -> dict:
@@ -787,9 +740,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count()))
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    for name in ("batch_size", "runs", "score_images", "reference_images", "resamples", "threads"):
-        if getattr(options, name) < 1:
-            raise ValueError(f"--{name}={getattr(options, name)}: expected 1 or more")
+    least = dict(batch_size=1, runs=1, score_images=4, reference_images=4, resamples=2, threads=1)
+    for name, value in least.items():
+        if getattr(options, name) < value:
+            raise ValueError(f"--{name}={getattr(options, name)}: expected {value} or more")
     if options.phase in ("score", "all") and not options.reference:
         raise ValueError("--reference=None: expected images to score against, or --phase time")
     result = measure(options)

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 SETS, PAIRS = ("frechet_distance", "kid", "precision_recall"), ("psnr", "ssim", "lpips", "consistency")
-PLAN = ("num_inference_steps", "refine_steps", "refine_strength")
+PLAN = ("plan", "num_inference_steps", "refine_steps", "refine_strength")
 UNIT = (0, 1)  # the range of images here
 
 
@@ -38,9 +38,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--channels", default="rgb", choices=("rgb", "y"), help="for PSNR and SSIM")
     parser.add_argument("--crop_border", type=int, default=0, help="for PSNR and SSIM, pixels at each side")
     parser.add_argument("--num_images", type=int, default=100, help="to sample from --model")
-    parser.add_argument("--num_inference_steps", type=int, help="of the model's plan")
-    parser.add_argument("--refine_steps", type=int, help="of the model's plan")
-    parser.add_argument("--refine_strength", type=float, help="of the model's plan")
+    parser.add_argument("--plan", help="a plan that the model carries, such as fast; or with flags:")
+    parser.add_argument("--num_inference_steps", type=int, help="network calls at the lowest level")
+    parser.add_argument("--refine_steps", type=int, help="network calls at each higher level")
+    parser.add_argument("--refine_strength", type=float, help="noise that higher levels start from, (0, 1]")
     parser.add_argument("--resamples", type=int, default=100, help="for the 95%% intervals; 0 for none")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)

@@ -11,12 +11,6 @@ import time
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-PLANS = {
-    "paper": dict(num_inference_steps=1000, refine_steps=30),
-    "paper, fast": dict(num_inference_steps=100, refine_steps=10),
-    "default": dict(num_inference_steps=100, refine_steps=8),
-    "short": dict(num_inference_steps=20, refine_steps=5),
-}
 AT_THE_TOP = {"DDPM 1000": 1000, "DDIM 50": 50, "DPM-Solver++ 20": 20}
 
 
@@ -26,11 +20,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--trust_remote_code", action="store_true", help="run the code that comes with the model")
     parser.add_argument("--output_dir", default="samples")
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--num_inference_steps", type=int, default=100, help="network calls at the lowest level")
-    parser.add_argument("--refine_steps", type=int, default=8, help="network calls at each higher level")
-    parser.add_argument(
-        "--refine_strength", type=float, default=0.3, help="noise that higher levels start from, (0, 1]"
-    )
+    parser.add_argument("--plan", help="a plan that the model carries, such as fast; instead of the next three")
+    parser.add_argument("--num_inference_steps", type=int, help="network calls at the lowest level (100)")
+    parser.add_argument("--refine_steps", type=int, help="network calls at each higher level (8)")
+    parser.add_argument("--refine_strength", type=float, help="noise that higher levels start from, (0, 1] (0.3)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=None, help="by default the GPU if there is one")
     return parser.parse_args()
@@ -39,13 +32,11 @@ def arguments() -> argparse.Namespace:
 def print_costs(pipeline) -> None:
     """The cost of some plans in NFE-eq (one network call at the top level), and how much cheaper that is."""
     print(f"{'plan':<12} {'calls a level':<16} {'NFE-eq':>8}  " + "  ".join(f"vs {name:<15}" for name in AT_THE_TOP))
-    longest = pipeline.scheduler.config.num_train_timesteps
-    for name, plan_arguments in PLANS.items():
-        plan_arguments["num_inference_steps"] = min(plan_arguments["num_inference_steps"], longest)
-        plan = pipeline.plan(**plan_arguments)
+    for name in (None, *(pipeline.config.plans or {})):
+        plan = pipeline.plan(plan=name)
         calls = "/".join(str(len(level.timesteps)) for level in plan.levels)
         ratios = "  ".join(f"x{steps / plan.nfe_eq:<17.1f}" for steps in AT_THE_TOP.values())
-        print(f"{name:<12} {calls:<16} {plan.nfe_eq:>8.2f}  {ratios}")
+        print(f"{name or 'default':<12} {calls:<16} {plan.nfe_eq:>8.2f}  {ratios}")
 
 
 def draw_pyramid(levels, plan, seconds: list[float], path: Path) -> None:
@@ -73,7 +64,8 @@ def main() -> None:
     pipeline.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     print_costs(pipeline)
 
-    chosen = {key: getattr(options, key) for key in ("num_inference_steps", "refine_steps", "refine_strength")}
+    names = ("plan", "num_inference_steps", "refine_steps", "refine_strength")
+    chosen = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     plan, ticks = pipeline.plan(**chosen), []
 
     def tick(pipe, step, timestep, tensors):

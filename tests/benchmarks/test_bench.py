@@ -184,7 +184,7 @@ def test_results_that_do_not_fit_together_are_refused(folder, result):
         run(folder, "other.json", "--phase", "score", "--only", "DDIM 20", "--score_images", "16")
     with pytest.raises(ValueError, match="expected parts of some of these names"):
         run(folder, "other.json", "--only", "no such arm")
-    with pytest.raises(ValueError, match="at most half of the 64"):
+    with pytest.raises(ValueError, match="holds 64 images; expected twice the 33"):
         run(folder, "other.json", "--phase", "score", "--only", "DDIM 20", "--score_images", "33")
 
 

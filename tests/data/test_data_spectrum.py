@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pyrdiff.data import ImageLevels, detail_spectra, radial_covariance
+from pyrdiff.data import ImageLevels, detail_spectra, octave_power, radial_covariance
 
 
 @pytest.mark.parametrize("height, width", [(32, 32), (16, 24), (7, 12)])
@@ -83,3 +83,19 @@ def test_a_sample_is_chosen_by_seed():
     assert detail_spectra(levels, 10) != detail_spectra(levels)
     with pytest.raises(ValueError, match="^max_images: got 0"):
         detail_spectra(levels, 0)
+
+
+def test_octave_power_is_of_what_differs():
+    """Twice the amplitude in one octave is four times its power, and a shared image changes nothing."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(400, 2, 16, 20, generator=generator)
+    assert octave_power(noise[:200], noise[200:]) == pytest.approx([1] * 4, abs=0.1)
+    rows, columns = torch.fft.fftfreq(16, 1 / 16), torch.fft.fftfreq(20, 1 / 20)
+    radius = (rows[:, None].square() + columns.square()).sqrt().round()
+    waves = torch.fft.fft2(noise) * torch.where((radius >= 3) & (radius <= 4), 2.0, 1.0)
+    changed = torch.fft.ifft2(waves).real
+    shared = 50 * torch.randn(1, 2, 16, 20, generator=generator)
+    assert octave_power(changed + shared, noise) == pytest.approx([1, 1, 4, 1], rel=1e-3)
+    for part in (noise[:1], noise[:, :1], noise[..., 1:]):
+        with pytest.raises(ValueError, match="^images, reference: got"):
+            octave_power(part, noise)

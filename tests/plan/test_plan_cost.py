@@ -1,6 +1,7 @@
 """Costs of steps and the choice of a plan."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -32,15 +33,16 @@ def pipeline() -> PyramidalPipeline:
 
 
 def costs(**seconds) -> StepCosts:
-    return StepCosts(10, seconds or {"4x4": 0.001, "8x8": 0.01, "16x16": 0.1}, "cpu", 1, "float32")
+    seconds = seconds or {"4x4": 0.001, "8x8": 0.01, "16x16": 0.1}
+    return StepCosts(10, seconds, dict.fromkeys(seconds, 0.0), "cpu", 1, "float32")
 
 
 def test_every_level_is_timed_once_and_the_calls_are_those_that_were_asked_for(pipeline):
     sizes = []
     pipeline.unet.register_forward_pre_hook(lambda module, arguments: sizes.append(tuple(arguments[0].shape)))
-    measured = measure_costs(pipeline, batch_size=3, steps=2, rounds=2)
+    measured = measure_costs(pipeline, batch_size=3, steps=6, rounds=2)
     assert list(measured.seconds) == ["4x4", "8x8", "16x16"] and min(measured.seconds.values()) > 0
-    assert [sizes.count((3, 1, side, side)) for side in (4, 8, 16)] == [6, 6, 6], "a warm-up and two rounds of two"
+    assert [sizes.count((3, 1, side, side)) for side in (4, 8, 16)] == [24] * 3, "a warm-up and two rounds of 2 + 6"
     assert (measured.batch_size, measured.device, measured.dtype) == (3, "cpu", "float32")
 
 
@@ -49,6 +51,30 @@ def test_a_prediction_is_the_sum_over_the_calls(pipeline):
     assert costs().predict(plan) == pytest.approx(10 * 0.001 + 4 * 0.01 + 4 * 0.1)
     with pytest.raises(ValueError, match="^plan has a level of 16x16: expected one of the timed sizes"):
         costs(**{"4x4": 1.0, "8x8": 1.0}).predict(plan)
+
+
+def test_steps_and_overhead_are_told_apart(pipeline):
+    """A network that only sleeps: 30 ms a call, and 100 ms more where a run begins."""
+    calls = []
+
+    def slow(module, arguments):
+        time.sleep(0.03)
+        if calls and calls[-1] >= int(arguments[1]):  # the times of a run fall
+            calls.append(int(arguments[1]))
+            return
+        time.sleep(0.1)
+        calls.append(int(arguments[1]))
+
+    pipeline.unet.register_forward_pre_hook(slow)
+    measured = measure_costs(pipeline, batch_size=1, steps=4, rounds=2)
+    for name in measured.seconds:
+        assert 0.03 <= measured.seconds[name] < 0.06
+        assert 0.05 < measured.overhead[name] < 0.3
+    plan = pipeline.plan(num_inference_steps=3, refine_steps=[2, 2])
+    expected = sum(measured.overhead.values()) + 3 * measured.seconds["4x4"]
+    assert measured.predict(plan) == pytest.approx(
+        expected + 2 * measured.seconds["8x8"] + 2 * measured.seconds["16x16"]
+    )
 
 
 def test_costs_are_kept(tmp_path):

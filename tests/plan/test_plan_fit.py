@@ -67,12 +67,17 @@ def test_a_residual_at_one_size():
 def test_wrong_input():
     for arguments, message in [
         (dict(calls=(10, 4)), r"calls=\[10, 4\]: expected 1 to 1000 for each of the 3"),
+        (dict(calls=(10, 4, 1001)), "calls="),
         (dict(calls=(10, 4, 0)), "calls="),
         (dict(calls=(10, 4, 4), solver="heun"), "solver='heun': expected one or two of"),
         (dict(calls=(10, 4, 4), solver=("ddpm",) * 3), "solver="),
     ]:
         with pytest.raises(ValueError, match=message):
             fit(natural_spectra(), ALPHAS, **arguments)
+    with pytest.raises(ValueError, match="^alphas_cumprod ends at 0.0: expected values between 0 and 1"):
+        fit(natural_spectra(), DDPMScheduler(rescale_betas_zero_snr=True).alphas_cumprod, (10, 4, 4))
+    with pytest.raises(ValueError, match="^values=None: expected what Spectra.to_dict gives"):
+        Spectra.from_dict(None)
 
 
 def coloured_levels(count: int = 600) -> tuple[ImageLevels, np.ndarray]:
@@ -98,7 +103,7 @@ def test_spectra_are_about_the_mean_image_and_along_the_colours():
         assert torch.allclose(power[1:], torch.full_like(power[1:], (8 / 127.5) ** 2), rtol=0.15)
     assert spectra.modes(1).shape == (3, 9 * 9)
 
-    again = Spectra.from_dict(json.loads(json.dumps(spectra.to_dict())))
+    again = Spectra.from_dict(json.loads(json.dumps(spectra.to_dict(), sort_keys=True)))  # as config files are written
     assert again.sizes == spectra.sizes
     for one, other in zip([again.colors, *again.power], [spectra.colors, *spectra.power], strict=True):
         assert torch.allclose(one, other, rtol=1e-5)

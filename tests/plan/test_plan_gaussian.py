@@ -67,6 +67,9 @@ def test_unknown_schedulers_are_refused():
         UniPCMultistepScheduler(),
         HeunDiscreteScheduler(),
         DPMSolverMultistepScheduler(solver_order=3),
+        DPMSolverMultistepScheduler(use_lu_lambdas=True),
+        DDIMScheduler(timestep_spacing="trailing"),
+        DDIMScheduler(set_alpha_to_one=False),
         DDPMScheduler(variance_type="fixed_large"),
     ):
         with pytest.raises(ValueError, match="^scheduler=.*: expected DDPMScheduler"):

@@ -6,7 +6,7 @@ from .images import BadImageError, decode_image, fit_image, list_images
 from .levels import ImageLevels
 from .seeds import seed_of
 from .sources import ImageSource, open_source
-from .spectrum import detail_spectra, radial_covariance
+from .spectrum import detail_spectra, octave_power, radial_covariance
 
 __all__ = [
     "BadImageError",
@@ -19,6 +19,7 @@ __all__ = [
     "draw_glyphs",
     "fit_image",
     "list_images",
+    "octave_power",
     "open_source",
     "radial_covariance",
     "seed_of",

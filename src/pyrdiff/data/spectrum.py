@@ -39,6 +39,45 @@ def radial_covariance(images: torch.Tensor) -> torch.Tensor:
     return sums / torch.bincount(radius, minlength=bins)[:, None, None]
 
 
+def octave_power(images: torch.Tensor, reference: torch.Tensor) -> list[float]:
+    """How much the images of a set differ, by octave, as a share of how much those of another do; 1.0 is right.
+
+    Each set is taken about its own mean image, so what all images share does not count.
+
+    Args:
+        images: float [N, C, H, W], N at least 2.
+        reference: float [M, C, H, W], M at least 2.
+
+    Returns:
+        For 1, 2, 3-4, 5-8 ... cycles per image, up to half the shorter side: the ratio of their powers, over all
+        channels and frequencies of the octave.
+
+    Raises:
+        ValueError: when the shapes do not fit.
+    """
+    if images.shape[1:] != reference.shape[1:] or min(len(images), len(reference)) < 2:
+        raise ValueError(
+            f"images, reference: got {list(images.shape)} and {list(reference.shape)}; accepted are two or more each, "
+            "of one shape"
+        )
+    powers = []
+    for part in (images, reference):
+        mean, total = part.mean(0), 0.0
+        for chunk in part.split(CHUNK):
+            total = total + len(chunk) * radial_covariance(chunk - mean).diagonal(dim1=1, dim2=2).sum(1)
+        powers.append(total / (len(part) - 1))
+    height, width = images.shape[-2:]
+    rows, columns = torch.fft.fftfreq(height, 1 / height), torch.fft.fftfreq(width, 1 / width)
+    radius = (rows[:, None].square() + columns.square()).sqrt().round().long().clamp(max=len(powers[0]) - 1)
+    count = torch.bincount(radius.flatten(), minlength=len(powers[0])).to(powers[0])
+    shares, low, high = [], 1, 1
+    while high <= min(height, width) // 2:
+        ours, theirs = ((power * count)[low : high + 1].sum().item() for power in powers)
+        shares.append(ours / theirs)
+        low, high = high + 1, 2 * high
+    return shares
+
+
 def detail_spectra(images: ImageLevels, max_images: int = 2048, seed: int = 0) -> list[list]:
     """For each level above the lowest, `radial_covariance` of what bicubic upsampling of the level below lacks.
 

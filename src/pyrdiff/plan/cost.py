@@ -1,5 +1,6 @@
 """What a plan costs on this machine: steps are timed once at every level, and the times of plans added up from them."""
 
+import inspect
 import json
 import os
 import statistics
@@ -8,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import diffusers
 import torch
 
 
@@ -18,7 +20,8 @@ class StepCosts:
 
     Attributes:
         batch_size: Images that were sampled together.
-        seconds: {"HxW" of the network's sample: seconds of one step, the median of several}.
+        seconds: {"HxW" of the network's sample: seconds of one step}.
+        overhead: {"HxW": seconds that a level takes beside its steps}.
         device: Where the network was.
         threads: CPU threads that torch used.
         dtype: Number format of the network, or "bfloat16 autocast".
@@ -26,6 +29,7 @@ class StepCosts:
 
     batch_size: int
     seconds: dict[str, float]
+    overhead: dict[str, float]
     device: str
     threads: int
     dtype: str
@@ -42,7 +46,7 @@ class StepCosts:
             name = "{}x{}".format(*level.network_size)
             if name not in self.seconds:
                 raise ValueError(f"plan has a level of {name}: expected one of the timed sizes {list(self.seconds)}")
-            total += len(level.timesteps) * self.seconds[name]
+            total += self.overhead[name] + len(level.timesteps) * self.seconds[name]
         return total
 
     def save(self, path: str | os.PathLike) -> None:
@@ -61,51 +65,63 @@ class StepCosts:
 
 
 def measure_costs(
-    pipeline, batch_size: int = 16, resolutions: Sequence | None = None, steps: int = 8, rounds: int = 3
+    pipeline, batch_size: int = 16, resolutions: Sequence | None = None, steps: int = 10, rounds: int = 3
 ) -> StepCosts:
     """
-    Times the pipeline's own steps at every level, level after level and again, after a warm-up.
+    Times the pipeline's own scheduler and network at every level: runs of few and of more steps, level after level and
+    again, after a warm-up. The difference is what steps cost, the rest is what a level costs.
 
     Args:
         pipeline: A pipeline with `plan` and `resolutions`, such as `PyramidalPipeline`, on the device that is meant.
         batch_size: Images sampled together. A call of one image costs more than a share of a call of many.
         resolutions: The levels; by default those of the pipeline.
-        steps: Steps of a timed run.
-        rounds: Timed runs of each level; their median counts.
+        steps: Steps of the longer run, 3 or more; the shorter one has 2.
+        rounds: Timed runs of each; the median counts.
 
     Raises:
-        ValueError: unless batch_size, steps and rounds are 1 or more.
+        ValueError: unless batch_size and rounds are 1 or more and steps 3 or more.
     """
-    for name, value in (("batch_size", batch_size), ("steps", steps), ("rounds", rounds)):
-        if value < 1:
-            raise ValueError(f"{name}={value}: expected 1 or more")
+    for name, value, least in (("batch_size", batch_size, 1), ("steps", steps, 3), ("rounds", rounds, 1)):
+        if value < least:
+            raise ValueError(f"{name}={value}: expected {least} or more")
     device, autocast = pipeline.device, torch.is_autocast_enabled(pipeline.device.type)
 
-    def timed(size, calls):
+    def timed(size, calls) -> tuple[int, float]:
+        generator = torch.Generator(device).manual_seed(0)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         began = time.perf_counter()
-        pipeline(batch_size, [size], calls, generator=torch.Generator().manual_seed(0), output_type="latent")
+        pipeline(batch_size, [size], calls, generator=generator, output_type="latent")
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - began
+        return pipeline.num_timesteps, time.perf_counter() - began
 
     levels = pipeline.plan(resolutions, num_inference_steps=steps, refine_steps=2).levels
-    seconds: dict[str, list[float]] = {"{}x{}".format(*level.network_size): [] for level in levels}
-    shown = dict(pipeline._progress_bar_config) if hasattr(pipeline, "_progress_bar_config") else {}
+    found: dict[tuple, list[tuple[int, float]]] = {(level.size, n): [] for level in levels for n in (2, steps)}
+    shown = dict(getattr(pipeline, "_progress_bar_config", {}))
     pipeline.set_progress_bar_config(disable=True)
     try:
         for turn in range(rounds + 1):
-            for level in levels:
-                taken = timed(level.size, steps)
+            for size, calls in found:
+                taken = timed(size, calls)
                 if turn:
-                    seconds["{}x{}".format(*level.network_size)].append(taken / steps)
+                    found[size, calls].append(taken)
     finally:
         pipeline.set_progress_bar_config(**shown)
+    seconds, overhead = {}, {}
+    for level in levels:
+        name = "{}x{}".format(*level.network_size)
+        (few, short), (many, long) = (
+            (found[level.size, n][0][0], statistics.median(value for _, value in found[level.size, n]))
+            for n in (2, steps)
+        )
+        seconds[name] = max(0.0, long - short) / (many - few)
+        overhead[name] = max(0.0, short - few * seconds[name])
     dtype = f"{torch.get_autocast_dtype(device.type)} autocast" if autocast else str(pipeline.unet.dtype)
     return StepCosts(
         batch_size,
-        {name: statistics.median(values) for name, values in seconds.items()},
+        seconds,
+        overhead,
         torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         torch.get_num_threads(),
         dtype.replace("torch.", ""),
@@ -128,7 +144,7 @@ def choose(
         costs: From `measure_costs`, for the batch size that is meant.
         plans: {name: plan}; by default the pipeline's own.
         budget_ms: Milliseconds an image may take.
-        quality: {name: distance}, lower is better, as a bench measured it; see `bench_quality`. Without it the plan
+        quality: {name: distance}, lower is better, as a bench measured it; see `bench_plans`. Without it the plan
             with the highest cost in the budget is taken for the best.
         target: Distance that is good enough; the cheapest such plan is taken.
 
@@ -200,6 +216,7 @@ def _plan_of(settings: dict) -> dict:
             continue
         changed = dict(changed)
         kind = changed.pop("_class_name")
-        clip = {} if kind.startswith("DD") else {"thresholding": True, "sample_max_value": 1.0}
+        takes_clip = "clip_sample" in inspect.signature(getattr(diffusers, kind).__init__).parameters
+        clip = {} if takes_clip else {"thresholding": True, "sample_max_value": 1.0}
         plan[name] = [kind, {"timestep_spacing": spacing, **clip, **changed}]
     return plan

@@ -40,13 +40,16 @@ def level_steps(plan, schedulers, alphas_cumprod: torch.Tensor) -> list[LevelSte
 
     Args:
         plan: What `pipeline.plan(...)` returns.
-        schedulers: (of the lowest level, of those above).
+        schedulers: (of the lowest level, of those above; None for the same).
         alphas_cumprod: Of the noise process, [training steps].
 
     Raises:
-        ValueError: for a scheduler that the calculus does not know.
+        ValueError: for a scheduler that the calculus does not know, or a level whose size the network is not run at.
     """
-    grid = half_log_snr(alphas_cumprod)
+    grid, schedulers = half_log_snr(alphas_cumprod), (schedulers[0], schedulers[1] or schedulers[0])
+    for level in plan.levels:
+        if level.network_size != level.size:
+            raise ValueError(f"level {level.size}: expected a size that the network runs at, not {level.network_size}")
     return [
         LevelSteps(level.size, solver_of(schedulers[min(index, 1)]), grid[torch.tensor(level.timesteps).long()])
         for index, level in enumerate(plan.levels)
@@ -94,8 +97,8 @@ def fit(
 ) -> FittedPlan:
     """
     Fits the step times of every level, and with them the noise that the higher levels start from, so that each octave
-    gets the power that the data have in it. Exact for Gaussian images and a perfect network; for a trained network it
-    proposes and a bench decides: few-step plans may be right in power and wrong in structure.
+    gets the power that the data have in it. That holds for Gaussian images and a perfect network; for a trained
+    network it proposes and a bench decides: few-step plans may be right in power and wrong in structure.
 
     Args:
         spectra: Of the data, as many levels as the plan has: several for a pyramid, one for sampling at one size. For a
@@ -106,13 +109,17 @@ def fit(
         iterations: Of L-BFGS.
 
     Raises:
-        ValueError: unless there is one number of calls, 1 or more, for each level, and a known solver.
+        ValueError: unless there is one number of calls, 1 to the training steps, for each level, a known solver, and a
+            process that never reaches pure noise or none.
     """
     solvers = [solver] * 2 if isinstance(solver, str) else list(solver)
     if len(solvers) != 2 or not set(solvers) <= set(SCHEDULERS):
         raise ValueError(f"solver={solver!r}: expected one or two of {sorted(SCHEDULERS)}")
-    if len(calls) != len(spectra.sizes) or not all(isinstance(n, int) and 1 <= n <= 1000 for n in calls):
-        raise ValueError(f"calls={list(calls)}: expected 1 to 1000 for each of the {len(spectra.sizes)} levels")
+    most = len(alphas_cumprod)
+    if len(calls) != len(spectra.sizes) or not all(isinstance(n, int) and 1 <= n <= most for n in calls):
+        raise ValueError(f"calls={list(calls)}: expected 1 to {most} for each of the {len(spectra.sizes)} levels")
+    if not 0 < float(alphas_cumprod.min()) <= float(alphas_cumprod.max()) < 1:
+        raise ValueError(f"alphas_cumprod ends at {float(alphas_cumprod[-1])}: expected values between 0 and 1")
     grid = half_log_snr(alphas_cumprod)
     low, high = float(grid[-1]), float(grid[0])
     solver_at = [solvers[min(index, 1)] for index in range(len(calls))]

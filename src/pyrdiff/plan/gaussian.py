@@ -1,9 +1,10 @@
 """
-The Gaussian calculus: what a plan does to every spatial frequency, exactly and in milliseconds.
+The Gaussian calculus: what a plan does to every spatial frequency, in milliseconds.
 
 For Gaussian images with independent frequencies every sampler is linear in each of them: the clean estimate is a gain
 times the noisy value, a step is A x + B x0 + C x0_before + S z, and enlarging is a frequency response with aliases. So
-the power that a whole plan delivers is a recursion on variances; nothing is sampled.
+the power that a whole plan delivers is a recursion on variances; nothing is sampled. It is exact for one level; over
+several it leaves out that enlarging makes frequencies depend on each other: at most a percent of an octave.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,16 +24,19 @@ def solver_of(scheduler) -> str:
         ValueError: for a scheduler whose steps the calculus does not know.
     """
     kind, config = type(scheduler).__name__, scheduler.config
+    respaced = any(config.get(name) for name in ("use_lu_lambdas", "use_karras_sigmas", "use_exponential_sigmas"))
     if kind == "DDPMScheduler" and config.variance_type.startswith("fixed_small"):
         return "ddpm"
-    if kind == "DDIMScheduler":
+    if kind == "DDIMScheduler" and config.set_alpha_to_one and config.timestep_spacing == "leading":
         return "ddim"
-    if kind == "DPMSolverMultistepScheduler" and config.solver_order == 2 and config.solver_type == "midpoint":
+    midpoint = kind == "DPMSolverMultistepScheduler" and config.solver_type == "midpoint" and not respaced
+    if midpoint and config.solver_order == 2:
         if config.algorithm_type in SOLVERS and config.final_sigmas_type == "zero":
             return config.algorithm_type
     raise ValueError(
-        f"scheduler={kind}: expected DDPMScheduler (fixed_small), DDIMScheduler, or DPMSolverMultistepScheduler of "
-        "order 2 (dpmsolver++ or sde-dpmsolver++, midpoint), whose steps the calculus knows"
+        f"scheduler={kind}: expected DDPMScheduler (fixed_small), DDIMScheduler (leading, set_alpha_to_one) or "
+        "DPMSolverMultistepScheduler of order 2 (dpmsolver++ or sde-dpmsolver++, midpoint, no other sigmas): the steps "
+        "that the calculus knows"
     )
 
 

@@ -76,7 +76,12 @@ class Spectra:
 
     @classmethod
     def from_dict(cls, values: dict) -> "Spectra":
-        """What `to_dict` gave."""
-        sizes = [tuple(map(int, name.split("x"))) for name in values["power"]]
-        power = [torch.tensor(rows, dtype=torch.float64) for rows in values["power"].values()]
-        return cls(torch.tensor(values["colors"], dtype=torch.float64), sizes, power)
+        """What `to_dict` gave; the order of its keys does not matter, since config files sort them as text."""
+        if not values:
+            raise ValueError(f"values={values!r}: expected what Spectra.to_dict gives; this model carries no spectra")
+        power = {
+            tuple(map(int, name.split("x"))): torch.tensor(rows, dtype=torch.float64)
+            for name, rows in values["power"].items()
+        }
+        sizes = sorted(power)
+        return cls(torch.tensor(values["colors"], dtype=torch.float64), sizes, [power[size] for size in sizes])
