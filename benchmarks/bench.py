@@ -143,8 +143,10 @@ def build_scheduler(settings: dict, base):
             raise ValueError(f"{scheduler_class.__name__}: {name}={settings[name]!r}: expected one of {sorted(known)}")
     if "clip_sample" in known:
         clip = dict(clip_sample=True, clip_sample_range=1.0)
-    else:  # thresholds between 1 and 1: the same as clipping
+    elif "thresholding" in known:  # between 1 and 1: the same as clipping
         clip = dict(thresholding=True, sample_max_value=1.0)
+    else:
+        raise ValueError(f"{scheduler_class.__name__}: expected a scheduler that can clip the clean estimate")
     process = {key: base.config[key] for key in PROCESS if key in base.config and key in known}
     return scheduler_class(**{**process, **clip, **settings})
 

@@ -39,6 +39,8 @@ def main() -> None:
         plans, quality = bench_plans(options.bench)
     if options.costs and Path(options.costs).exists():
         costs = StepCosts.load(options.costs)
+        if costs.batch_size != options.batch_size:
+            raise ValueError(f"--costs {options.costs}: of {costs.batch_size} images; expected {options.batch_size}")
     else:
         costs = measure_costs(pipeline, options.batch_size)
         if options.costs:

@@ -101,6 +101,7 @@ class PyramidalPipeline(DiffusionPipeline):
         "beta_schedule",
         "trained_betas",
         "prediction_type",
+        "rescale_betas_zero_snr",
     )
     PLAN_ARGUMENTS = (
         "resolutions",
@@ -124,13 +125,19 @@ class PyramidalPipeline(DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler, refine_scheduler=refine_scheduler)
         self.register_to_config(detail_spectra=detail_spectra, spectra=spectra, plans=plans)
         for name in ("scheduler", "refine_scheduler"):
-            part = getattr(self, name)
-            if part is not None and not (hasattr(part, "add_noise") and hasattr(part, "alphas_cumprod")):
-                raise ValueError(
-                    f"{name}={type(part).__name__}: expected a scheduler with `add_noise` and `alphas_cumprod`, such "
-                    "as DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler or "
-                    "HeunDiscreteScheduler"
-                )
+            if getattr(self, name) is not None:
+                self._check_scheduler(name, getattr(self, name))
+        for plan in (plans or {}).values():
+            self._named_plan(plan, {})
+
+    @staticmethod
+    def _check_scheduler(name: str, part) -> None:
+        if not (hasattr(part, "add_noise") and hasattr(part, "alphas_cumprod")):
+            raise ValueError(
+                f"{name}={type(part).__name__}: expected a scheduler with `add_noise` and `alphas_cumprod`, such "
+                "as DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler or "
+                "HeunDiscreteScheduler"
+            )
 
     @property
     def num_timesteps(self) -> int:
@@ -178,25 +185,35 @@ class PyramidalPipeline(DiffusionPipeline):
             if plan not in known:
                 raise ValueError(f"plan={plan!r}: expected one of {sorted(known)}, or a dict of arguments")
             plan = known[plan]
+        if not isinstance(plan, dict):
+            raise ValueError(f"plan={plan!r}: expected a name or a dict of arguments")
         arguments, schedulers = {name: defaults[name].default for name in self.PLAN_ARGUMENTS}, {}
         for name, value in plan.items():
             if name in self.PLAN_ARGUMENTS:
                 arguments[name] = value
             elif name in ("scheduler", "refine_scheduler"):
-                schedulers[name] = None if value is None else self._other_scheduler(name, *value)
+                schedulers[name] = None if value is None else self._other_scheduler(name, value)
             else:
                 raise ValueError(f"plan has {name!r}: expected {self.PLAN_ARGUMENTS}, scheduler, refine_scheduler")
         low = schedulers.get("scheduler") or self.scheduler
         own = self.refine_scheduler if not schedulers else None
         return arguments, (low, schedulers.get("refine_scheduler") or own or low)
 
-    def _other_scheduler(self, name: str, class_name: str, settings: dict) -> SchedulerMixin:
+    def _other_scheduler(self, name: str, entry) -> SchedulerMixin:
         """A scheduler of diffusers over the same noise process; all else is its own default, or as set."""
-        kind = getattr(diffusers, class_name, None)
+        if not (isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[1], dict)):
+            raise ValueError(f"{name} of the plan is {entry!r}: expected [class of diffusers, {{setting: value}}]")
+        kind, settings, config = getattr(diffusers, str(entry[0]), None), entry[1], self.scheduler.config
         if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
-            raise ValueError(f"{name} of the plan is {class_name!r}: expected a scheduler of diffusers")
-        config = self.scheduler.config
-        return kind(**{key: config[key] for key in self.NOISE_PROCESS if key in config}, **settings)
+            raise ValueError(f"{name} of the plan is {entry[0]!r}: expected a scheduler of diffusers")
+        known = set(inspect.signature(kind.__init__).parameters) - {"self"}
+        for setting in settings:
+            if setting not in known - set(self.NOISE_PROCESS):
+                raise ValueError(f"{name} of the plan sets {setting!r}: expected settings of {entry[0]}'s steps")
+        process = {key: config[key] for key in self.NOISE_PROCESS if key in config and key in known}
+        part = kind(**process, **settings)
+        self._check_scheduler(name, part)
+        return part
 
     def _lay_out(
         self, schedulers, resolutions, num_inference_steps, refine_steps, refine_strength, spacing
@@ -207,6 +224,9 @@ class PyramidalPipeline(DiffusionPipeline):
                 raise ValueError(
                     f"spacing gives times for {len(spacing)} levels: expected one list for each of {len(sizes)}"
                 )
+            for times in spacing:
+                if not isinstance(times, (list, tuple)) or not all(isinstance(time, int) for time in times):
+                    raise ValueError(f"spacing={spacing}: expected one list of whole numbers for each level")
             num_inference_steps, *refine_steps = (len(times) for times in spacing)
         steps = self._per_level("refine_steps", refine_steps, len(sizes) - 1)
         strengths = self._per_level("refine_strength", refine_strength, len(sizes) - 1)
@@ -262,8 +282,8 @@ class PyramidalPipeline(DiffusionPipeline):
                 themselves, one descending list a level.
             stage_jump: What is added to an enlarged image: white noise (the paper), or also noise with the spectrum of
                 the details that enlarging lacks (needs `detail_spectra`).
-            plan: A plan of the pipeline by its name (`pipeline.config.plans`), or one as a dict, in place of all the
-                arguments above but `box`.
+            plan: A plan of the pipeline by its name (`pipeline.config.plans`), or one as a dict, in place of the
+                arguments above but `box`, which are then left at their defaults.
             generator: One generator, or one an image: image k then does not depend on the others.
             output_type: "pil", "np" and "pt" in [0, 1], or "latent" in [-1, 1].
             return_levels: Whether to return the images of every level.
@@ -296,7 +316,7 @@ class PyramidalPipeline(DiffusionPipeline):
             for index, level in enumerate(plan.levels):
                 if self.interrupt:
                     break
-                # The scheduler reads its times as numbers, so they stay on the CPU: a step never waits for a GPU. The
+                # Schedulers read their times as numbers, so these stay on the CPU, where that waits for no GPU; the
                 # network gets a copy beside it.
                 scheduler = schedulers[min(index, 1)]
                 calls = len(level.timesteps)
@@ -408,7 +428,10 @@ class PyramidalPipeline(DiffusionPipeline):
             few, many = steps, train_steps
             while few < many:
                 middle = (few + many) // 2
-                scheduler.set_timesteps(middle)
+                try:
+                    scheduler.set_timesteps(middle)
+                except ValueError as error:
+                    raise ValueError(f"{type(scheduler).__name__} does not take {middle} steps: {error}") from error
                 if float(scheduler.timesteps[scheduler.order * (middle - steps)]) > strength * train_steps:
                     few = middle + 1
                 else:
@@ -448,7 +471,7 @@ class PyramidalPipeline(DiffusionPipeline):
     @staticmethod
     def _log_snr_times(alphas_cumprod: torch.Tensor, steps: int, strength: float) -> list[int]:
         """`steps` training times, descending to 0, as evenly spaced in log(alpha_bar / (1 - alpha_bar)) as can be."""
-        alphas_cumprod = alphas_cumprod.double().clamp(1e-8, 1 - 1e-8).cpu().numpy()
+        alphas_cumprod = alphas_cumprod.cpu().double().clamp(1e-8, 1 - 1e-8).numpy()
         log_snr = np.log(alphas_cumprod / (1 - alphas_cumprod))
         start = max(round(strength * len(log_snr)), steps) - 1
         wanted = np.linspace(log_snr[start], log_snr[0], steps)

@@ -14,6 +14,7 @@ from diffusers import (
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
     UNet2DModel,
     UniPCMultistepScheduler,
@@ -356,6 +357,13 @@ def test_plans_travel_with_the_folder(tmp_path):
         (dict(plan={"steps": 3}), "plan has 'steps': expected"),
         (dict(plan={"scheduler": ["UNet2DModel", {}]}), "scheduler of the plan is 'UNet2DModel'"),
         (dict(plan={"scheduler": ["Nothing", {}]}), "scheduler of the plan is 'Nothing'"),
+        (dict(plan={"scheduler": "DDPMScheduler"}), "scheduler of the plan is 'DDPMScheduler': expected"),
+        (dict(plan={"scheduler": ["DDPMScheduler", {"steps": 3}]}), "scheduler of the plan sets 'steps'"),
+        (dict(plan={"scheduler": ["DDPMScheduler", {"beta_end": 0.1}]}), "scheduler of the plan sets 'beta_end'"),
+        (dict(plan={"refine_scheduler": ["EDMEulerScheduler", {}]}), "refine_scheduler=EDMEulerScheduler: expected"),
+        (dict(plan=3), "plan=3: expected a name or a dict"),
+        (dict(plan={"spacing": [900, 500, 20]}), r"spacing=\[900, 500, 20\]: expected one list"),
+        (dict(plan={"spacing": [[900.5], [5], [5]]}), "spacing=.*: expected one list of whole numbers"),
     ],
 )
 def test_bad_plans_are_named_before_any_work(arguments, message):
@@ -443,6 +451,10 @@ def test_bad_schedulers():
         PyramidalPipeline(network(), NoNoise())
     with pytest.raises(ValueError, match="scheduler=EDMEulerScheduler: expected"):
         PyramidalPipeline(network(), EDMEulerScheduler())
+    with pytest.raises(ValueError, match="LCMScheduler does not take .* steps"):
+        quiet(network(), LCMScheduler())(1, num_inference_steps=8)
+    with pytest.raises(ValueError, match="scheduler of the plan is 'Nothing'"):
+        quiet(network(), DDPMScheduler(), plans={"wrong": {"scheduler": ["Nothing", {}]}})
     with pytest.raises(ValueError, match="PNDMScheduler does not take as many steps"):
         quiet(network(), PNDMScheduler())(1, num_inference_steps=8)
     with pytest.raises(ValueError, match="refine_steps=1: DDIMScheduler would start at time 0"):

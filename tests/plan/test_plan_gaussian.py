@@ -147,6 +147,23 @@ def test_the_calculus_is_a_run_of_the_pipeline(low, high, arguments):
         assert ours == pytest.approx(theirs, rel=0.03)
 
 
+def test_every_colour_axis_has_a_spectrum_of_its_own():
+    """One axis a thousand times as strong as another: each is what it is alone."""
+    gray = natural_spectra()
+    two = Spectra(torch.eye(2).double(), gray.sizes, [torch.cat((part, part / 1000)) for part in gray.power])
+    weak = Spectra(gray.colors, gray.sizes, [part / 1000 for part in gray.power])
+    grid = half_log_snr(ALPHAS)
+    levels = [
+        LevelSteps(size, "ddpm", grid[torch.linspace(start, 0, 12).long()])
+        for size, start in zip(SIZES, (999, 300, 300), strict=True)
+    ]
+    both = octave_shares(levels, two)
+    assert torch.allclose(both[:, :1], octave_shares(levels, gray)) and torch.allclose(
+        both[:, 1:], octave_shares(levels, weak)
+    )
+    assert (both[:, 0] / both[:, 1]).max() > 1.2
+
+
 def test_a_size_that_was_not_measured_is_refused():
     steps = LevelSteps((16, 24), "ddpm", half_log_snr(ALPHAS)[[999, 500, 0]])
     with pytest.raises(ValueError, match=r"^level \(16, 24\): expected one of the measured sizes"):

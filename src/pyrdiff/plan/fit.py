@@ -78,7 +78,7 @@ def _top(levels, spectra):
             raise ValueError(f"level {level.size}: expected one of the measured sizes {spectra.sizes}")
     places = [spectra.sizes.index(tuple(level.size)) for level in levels]
     known = [spectra.modes(place) for place in places]
-    return delivered(levels, perfect_response(known))[-1], known[-1], Modes.of(*levels[-1].size)
+    return delivered(levels, perfect_response(known)), known[-1], Modes.of(*levels[-1].size)
 
 
 def _score(levels, spectra) -> torch.Tensor:
@@ -145,15 +145,20 @@ def fit(
         parameters.append(start.requires_grad_())
     optimizer = torch.optim.LBFGS(parameters, max_iter=iterations, history_size=20, line_search_fn="strong_wolfe")
 
+    best = (math.inf, parameters)
+
     def closure():
+        nonlocal best
         optimizer.zero_grad()
         value = _score(build(parameters), spectra)
         value.backward()
+        if value.item() < best[0]:  # a line search may end far from where it began
+            best = (value.item(), [numbers.detach().clone() for numbers in parameters])
         return value
 
     optimizer.step(closure)
     with torch.no_grad():
-        times = [_training_times(level.log_snr, grid) for level in build(parameters)]
+        times = [_training_times(level.log_snr, grid) for level in build(best[1])]
         levels = [
             LevelSteps(size, name, grid[torch.tensor(part)])
             for size, name, part in zip(spectra.sizes, solver_at, times, strict=True)
