@@ -137,7 +137,7 @@ def measure(options) -> dict:
         "bench": "gaussian",
         "images": options.images,
         "seed": options.seed,
-        **report.surroundings(options.threads),
+        **report.surroundings(options.threads, gpu=False),
         "rows": rows,
     }
 

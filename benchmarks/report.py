@@ -19,8 +19,8 @@ HERE = Path(__file__).parent
 TABLE = re.compile(r"(<!-- table: (\S+?)(?: (\S+))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def surroundings(threads: int) -> dict:
-    """What a timing depends on, beside the code: processor, threads, load, versions."""
+def surroundings(threads: int, gpu: bool = True) -> dict:
+    """What a timing depends on, beside the code: processor (the GPU, if it is used), threads, load, versions."""
     import diffusers
     import torch
 
@@ -28,7 +28,9 @@ def surroundings(threads: int) -> dict:
 
     names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else (names or [platform.processor()])[0],
+        "device": torch.cuda.get_device_name()
+        if gpu and torch.cuda.is_available()
+        else (names or [platform.processor()])[0],
         "threads": threads,
         "load": [round(value, 2) for value in os.getloadavg()],
         "versions": {
