@@ -11,8 +11,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 import pyrdiff
-from pyrdiff.data import draw_glyphs
+from pyrdiff.data import ImageLevels, draw_glyphs
 from pyrdiff.metrics import train_classifier
+from pyrdiff.plan import Spectra, level_steps
+from pyrdiff.plan.fit import _score
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 bench = importlib.import_module("bench")
@@ -214,3 +216,43 @@ def test_an_arm_from_a_file_with_its_memory(folder):
     )
     assert "memory" in slow["arms"]["mine"], "kept from the earlier phase"
     assert [len(part["values"]) for part in slow["arms"]["mine"]["seconds"].values()] == [1], "once, at batch 1"
+
+
+def test_trainings_side_by_side(folder, monkeypatch):
+    """The ablation's arms see the same noise: a model beside itself scores the same."""
+    ablation = importlib.import_module("ablation")
+    flags = ["--reference", str(folder / "images.npy"), "--features", "classifier", "--threads", "1"]
+    flags += ["--weights", str(folder / "classifier.safetensors"), "--images", "8", "--grids", str(folder / "grids")]
+    for name in ("one, seed 0", "one, seed 1", "other, seed 0"):
+        flags += ["--arm", f"{name}={folder / 'model'}"]
+    monkeypatch.setattr(sys, "argv", ["ablation.py", *flags, "--output", str(folder / "ablation.json")])
+    monkeypatch.setitem(ablation.SAMPLERS, "pyramid", dict(num_inference_steps=3, refine_steps=2))
+    ablation.main()
+    result = json.loads((folder / "ablation.json").read_text())
+    assert len({row["frechet"] for row in result["rows"]}) == 1 and result["rows"][0]["images"] == 8
+    shown = ablation.table(result)
+    assert "| **one**, mean |" in shown and "over 2 seeds" in shown and "**other**" not in shown
+    assert len(list((folder / "grids").glob("*.png"))) == 3
+
+
+def test_the_calculus_beside_the_bench(folder, result, monkeypatch):
+    rank = importlib.import_module("calculus_rank")
+    pipeline = pyrdiff.load(folder / "model")
+    images = ImageLevels.build(np.load(folder / "images.npy"), [4, 8, 16], channels=1)
+    spectra = Spectra.of(images).to_dict()
+    pyrdiff.hub.export(
+        pyrdiff.PyramidalPipeline(pipeline.unet, pipeline.scheduler, spectra=spectra), folder / "with spectra"
+    )
+    flags = ["--model", str(folder / "with spectra"), "--bench", str(folder / "all.json"), "--points", "4"]
+    flags += ["--reference", str(folder / "images.npy"), "--output", str(folder / "rank.json")]
+    monkeypatch.setattr(sys, "argv", ["calculus_rank.py", *flags])
+    rank.main()
+    found = json.loads((folder / "rank.json").read_text())
+    assert len(found["rows"]) >= 4 and all(-1 <= value <= 1 for value in found["correlation"].values())
+    perfect = [row for row in found["rows"] if row["name"] == "pyramid 20/5/5, DPM-Solver++"][0]
+    scheduler = DPMSolverMultistepScheduler()
+    plan = pyrdiff.PyramidalPipeline(pipeline.unet, scheduler).plan(num_inference_steps=20, refine_steps=5)
+    levels = level_steps(plan, (scheduler, None), scheduler.alphas_cumprod)
+    expected = _score(levels, Spectra.from_dict(spectra))
+    assert perfect["calculus"]["perfect network"] == pytest.approx(float(expected), rel=1e-4)
+    assert perfect["calculus"]["its error added"] > perfect["calculus"]["perfect network"]

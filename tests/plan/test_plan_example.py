@@ -1,0 +1,42 @@
+"""examples/plan.py, as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler
+
+import pyrdiff
+from pyrdiff.methods.pddpm import plans
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "plan.py"
+
+
+def run(*flags: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(EXAMPLE), *flags], capture_output=True, text=True)
+
+
+def test_it_prints_the_plans_and_chooses(tmp_path):
+    torch.manual_seed(0)
+    network = pyrdiff.CoordinateUNet2DModel(
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        norm_num_groups=4,
+        resolutions=(4, 8, 16),
+        image_channels=1,
+    )
+    model = tmp_path / "model"
+    pyrdiff.hub.export(pyrdiff.PyramidalPipeline(network, DDPMScheduler(), plans=plans()), model)
+    flags = ["--model", str(model), "--batch_size", "2", "--costs", str(tmp_path / "costs.json"), "--device", "cpu"]
+    done = run(*flags, "--budget_ms", "1000000")
+    assert done.returncode == 0, done.stderr
+    assert all(f"  {name} " in done.stdout for name in plans()) and "chosen: paper" in done.stdout
+    assert json.loads((tmp_path / "costs.json").read_text())["batch_size"] == 2
+    done = run(*flags, "--budget_ms", "0.000001")
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: budget_ms=1e-06: expected")
+    done = run(*flags[:2], "--batch_size", "3", *flags[4:])
+    assert done.returncode == 1 and "of 2 images; expected 3" in done.stderr
