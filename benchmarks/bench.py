@@ -356,7 +356,7 @@ class Bench:
         options = self.options
         load = os.getloadavg()[0]
         precisions = {
-            name: self.call_seconds(self.top, options.batch_size, bf16)
+            name: self.call_seconds(self.top, LATENCY_BATCH, bf16, 1)  # where bfloat16 is emulated it takes very long
             for name, bf16 in (("float32", False), ("bfloat16 autocast", True))
         }
         known: dict[tuple, float] = {}

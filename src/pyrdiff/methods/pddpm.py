@@ -133,21 +133,25 @@ def build_pipeline(settings: PyramidalSettings, network, scheduler, images):
     details = dict(zip(names[1:], detail_spectra(images), strict=True)) or None
     spectra = Spectra.of(images).to_dict() if len(images) > 1 else None
     return PyramidalPipeline(
-        network, scheduler, detail_spectra=details, spectra=spectra, plans=plans(settings.ddpm_num_steps)
+        network,
+        scheduler,
+        detail_spectra=details,
+        spectra=spectra,
+        plans=plans(settings.ddpm_num_steps, len(settings.sizes)),
     )
 
 
-def plans(train_steps: int = 1000) -> dict[str, dict]:
+def plans(train_steps: int = 1000, levels: int = 3) -> dict[str, dict]:
     """
-    What a saved pipeline offers as `plan=`: the paper's, and the best that were found on trained networks in each
-    class of cost (benchmarks/README.md).
+    What a saved pipeline offers as `plan=`: the shortest that was no worse than 20 steps of DPM-Solver++ at full size on
+    a trained network, the best, and the paper's (benchmarks/README.md).
     """
-    ancestral = ["DDPMScheduler", {}]
     stochastic = ["DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", **CLIP}]
+    shorter = [3] * (levels - 2) + [2] * (levels > 1)
     return {
-        "fast": {"num_inference_steps": 30, "refine_steps": 4, "scheduler": stochastic},
-        "balanced": {"num_inference_steps": 100, "refine_steps": 8, "scheduler": ancestral},
-        "paper": {"num_inference_steps": train_steps, "refine_steps": 30, "scheduler": ancestral},
+        "fast": {"num_inference_steps": 20, "refine_steps": shorter, "scheduler": stochastic},
+        "balanced": {"num_inference_steps": 30, "refine_steps": 4, "scheduler": stochastic},
+        "paper": {"num_inference_steps": train_steps, "refine_steps": 30, "scheduler": ["DDPMScheduler", {}]},
     }
 
 
