@@ -143,8 +143,8 @@ def build_pipeline(settings: PyramidalSettings, network, scheduler, images):
 
 def plans(train_steps: int = 1000, levels: int = 3) -> dict[str, dict]:
     """
-    What a saved pipeline offers as `plan=`: the shortest that was no worse than 20 steps of DPM-Solver++ at full size on
-    a trained network, the best, and the paper's (benchmarks/README.md).
+    What a saved pipeline offers as `plan=`: the shortest that was no worse than 20 steps of DPM-Solver++ at full size,
+    the best, and the paper's, as measured on a trained network (benchmarks/README.md).
     """
     stochastic = ["DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", **CLIP}]
     shorter = [3] * (levels - 2) + [2] * (levels > 1)
