@@ -26,15 +26,6 @@ import report
 import scoring
 
 CLIP = "the clean estimate is clipped to [-1, 1] at every step, saved plans as they are saved"
-PROCESS = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-)
 PHASES = ("score", "memory", "time")
 LATENCY_BATCH = 1
 SIMILAR = 2.0  # mean difference, of 255, up to which a cached image is taken for the same one
@@ -135,6 +126,8 @@ def build_scheduler(settings: dict, base):
     """A scheduler of diffusers as its class has it, over the noise process of `base`, clipping the clean estimate."""
     import diffusers
 
+    from pyrdiff import PyramidalPipeline
+
     settings = dict(settings)
     scheduler_class = getattr(diffusers, settings.pop("_class_name"))
     known = inspect.signature(scheduler_class.__init__).parameters
@@ -147,7 +140,7 @@ def build_scheduler(settings: dict, base):
         clip = dict(thresholding=True, sample_max_value=1.0)
     else:
         raise ValueError(f"{scheduler_class.__name__}: expected a scheduler that can clip the clean estimate")
-    process = {key: base.config[key] for key in PROCESS if key in base.config and key in known}
+    process = {key: base.config[key] for key in PyramidalPipeline.NOISE_PROCESS if key in base.config and key in known}
     return scheduler_class(**{**process, **clip, **settings})
 
 
