@@ -5,6 +5,7 @@ if __name__ == "pyrdiff.pipelines":
     import pyrdiff.models
     import pyrdiff.schedulers  # noqa: F401
 
+from .pipeline_guided_sr import GuidedSRPipeline
 from .pipeline_pyramidal import PyramidalPipeline
 
-__all__ = ["PyramidalPipeline"]
+__all__ = ["GuidedSRPipeline", "PyramidalPipeline"]

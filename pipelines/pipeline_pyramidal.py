@@ -562,11 +562,15 @@ class PyramidalPipeline(DiffusionPipeline):
         """
         As stock, but an index that names source files of the folder (see `save_pretrained`) is read as naming the
         modules of the same names that are imported beside this class: `from_pretrained` of this class runs no code from
-        the folder and needs no trust flag.
+        the folder and needs no trust flag. Of a folder of another pipeline, only what this one takes is read.
         """
         config = super().load_config(*args, **kwargs)
         index = config[0] if isinstance(config, tuple) else config
-        package = cls.__module__.split(".")[0]
+        package, class_name = cls.__module__.split(".")[0], index.get("_class_name")
+        if class_name not in (cls.__name__, [Path(inspect.getfile(cls)).stem, cls.__name__]):
+            takes = inspect.signature(cls.__init__).parameters
+            for name in [name for name in index if name not in takes and not name.startswith("_")]:
+                del index[name]
         for name, value in index.items():
             if not (isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[0], str)):
                 continue

@@ -98,13 +98,17 @@ def _verify(pipeline: DiffusionPipeline, folder: Path) -> None:
                     raise RuntimeError(f"{folder}: {name}.{key} was read back different from what was saved")
 
 
-def load(path_or_repo: str | os.PathLike, *, revision: str | None = None, **kwargs) -> DiffusionPipeline:
+def load(
+    path_or_repo: str | os.PathLike, *, revision: str | None = None, pipeline_class: str | None = None, **kwargs
+) -> DiffusionPipeline:
     """
     Loads an exported pipeline with the classes of the installed pyrdiff: code in the folder is neither fetched nor run.
 
     Args:
         path_or_repo: A local folder, or a repository on the Hub.
         revision: Branch, tag or commit of the repository.
+        pipeline_class: Another of pyrdiff's pipelines than the folder's own, with the same network, e.g.
+            "GuidedSRPipeline" for what was trained to generate.
         **kwargs: For `DiffusionPipeline.from_pretrained`, e.g. `torch_dtype`; `token`, `cache_dir` and
             `local_files_only` for the download.
 
@@ -138,12 +142,18 @@ def load(path_or_repo: str | os.PathLike, *, revision: str | None = None, **kwar
     name = name[1] if isinstance(name, list) and len(name) == 2 else name
     if name not in pyrdiff.pipelines.__all__:
         raise ValueError(f"{index_path}: _class_name is {name!r}; expected one of {pyrdiff.pipelines.__all__}")
-    pipeline_class = getattr(pyrdiff.pipelines, name)
-    _check_keys(index_path, index, pipeline_class)
-    for part in set(index) & set(pipeline_class._get_signature_keys(pipeline_class)[0]):
+    own_class, chosen = getattr(pyrdiff.pipelines, name), pipeline_class or name
+    if chosen not in pyrdiff.pipelines.__all__:
+        raise ValueError(f"pipeline_class={pipeline_class!r}: expected one of {pyrdiff.pipelines.__all__}")
+    _check_keys(index_path, index, own_class)
+    chosen = getattr(pyrdiff.pipelines, chosen)
+    missing = set(chosen._get_signature_keys(chosen)[0]) - set(index)
+    if missing:
+        raise ValueError(f"pipeline_class={pipeline_class!r}: {folder} of {name} has no {sorted(missing)}")
+    for part in set(index) & set(own_class._get_signature_keys(own_class)[0]):
         _check_part(folder / part, index[part])
     try:
-        return pipeline_class.from_pretrained(folder, use_safetensors=True, **kwargs)
+        return chosen.from_pretrained(folder, use_safetensors=True, **kwargs)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder}: {error}") from error
 

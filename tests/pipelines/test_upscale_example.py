@@ -1,0 +1,382 @@
+"""examples/upscale.py, as a user runs it: every file is enlarged with what it carries, or named."""
+
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from PIL import Image, ImageCms
+
+import pyrdiff
+from pyrdiff import CoordinateUNet2DModel, PyramidalPipeline, hub
+from pyrdiff.pipelines.pipeline_guided_sr import SeparableOperator
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "upscale.py"
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[int, Path]:
+    """Exports of untrained networks, gray and colour."""
+    folders = {}
+    for channels in (1, 3):
+        torch.manual_seed(0)
+        unet = CoordinateUNet2DModel(
+            image_channels=channels,
+            resolutions=(4, 8),
+            block_out_channels=(8, 8),
+            down_block_types=("DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D"),
+            layers_per_block=1,
+            norm_num_groups=4,
+        )
+        folder = tmp_path_factory.mktemp("models") / str(channels)
+        folders[channels] = hub.export(PyramidalPipeline(unet, DDPMScheduler()), folder)
+    return folders
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, models):
+    """Runs the script with flags: its exit code, the lines of stderr that are errors, and the report."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def call(source, output, *flags, channels=3) -> tuple[int, list[str], dict | None]:
+        flags = ["--model", models[channels], "--input", source, "--output", output, "--refine_steps", 2, *flags]
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, flags)])
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        lines = [line for line in capsys.readouterr().err.splitlines() if "Loading" not in line]
+        report = Path(output) / "report.json"
+        return stopped.value.code or 0, lines, json.loads(report.read_text()) if report.is_file() else None
+
+    yield call
+    signal.signal(signal.SIGTERM, before)
+
+
+def noise(mode: str = "RGB", height: int = 6, width: int = 5, seed: int = 0) -> Image.Image:
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    return Image.frombytes(mode, (width, height), pixels.tobytes())
+
+
+def save(image: Image.Image, path: Path, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, **options)
+    return path
+
+
+def orientation(number: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0110] = number, "Camera"
+    return exif
+
+
+def files(folder: Path) -> list[str]:
+    """All of them, hidden ones too."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def good_files(folder: Path) -> None:
+    """20 files: name → what is to come back is checked by the test."""
+    palette = np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).tobytes()
+    indexed = noise("P")
+    indexed.putpalette(palette)
+    save(noise(), folder / "a.png")
+    save(noise(height=1, width=9), folder / "row.png")
+    save(noise(height=13, width=7), folder / "odd.tif", dpi=(300, 300))
+    save(noise(), folder / "b.jpg", exif=orientation(6), icc_profile=PROFILE, dpi=(240, 240))
+    save(noise(), folder / "c.JPEG")
+    save(noise(), folder / "d.webp", exif=orientation(8), icc_profile=PROFILE)
+    save(noise("RGBA"), folder / "e.webp")
+    save(noise("L"), folder / "gray.png")
+    save(noise("L"), folder / "gray.jpg", exif=orientation(3))
+    save(noise("L"), folder / "gray.tiff")
+    save(noise("LA"), folder / "gray alpha.png")
+    save(noise("RGBA"), folder / "deep/deeper/alpha.png", icc_profile=PROFILE)
+    save(noise("RGBA"), folder / "deep/alpha.tif", icc_profile=PROFILE)
+    save(indexed, folder / "deep/palette.png")
+    save(indexed, folder / "deep/palette clear.png", transparency=3)
+    save(noise().convert("1"), folder / "deep/one bit.png")
+    save(noise("CMYK"), folder / "deep/cmyk.jpg")
+    save(noise("L"), folder / "deep/keyed.png", transparency=9)
+    save(noise(), folder / "ünï cödé.png", exif=orientation(5))
+    save(noise(), folder / "deep/a.png")
+
+
+def broken_files(folder: Path) -> dict[str, str]:
+    """10 files, and a part of the reason that is to be given for each."""
+    whole = save(noise(height=60, width=50), folder / "bad/whole.png").read_bytes()
+    jpeg = save(noise(height=60, width=50), folder / "bad/whole.jpg").read_bytes()
+    for name in ("whole.png", "whole.jpg"):
+        (folder / "bad" / name).unlink()
+    (folder / "bad/truncated.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "bad/truncated.jpg").write_bytes(jpeg[: len(jpeg) // 2])
+    (folder / "bad/empty.png").touch()
+    (folder / "bad/text.png").write_text("not a picture")
+    save(Image.fromarray(np.zeros((3, 3), np.uint16)), folder / "bad/deep.png")
+    save(Image.fromarray(np.zeros((3, 3), np.float32)), folder / "bad/float.tif")
+    frames = [noise(), noise(seed=1)]
+    frames[0].save(folder / "bad/moving.gif", save_all=True, append_images=frames[1:])
+    frames[0].save(folder / "bad/pages.tif", save_all=True, append_images=frames[1:])
+    (folder / "bad/link.png").symlink_to(folder / "nowhere.png")
+    save(noise(), folder / "bad/bitmap.bmp")
+    return {
+        "bad/truncated.png": "truncated",
+        "bad/truncated.jpg": "truncated",
+        "bad/empty.png": "empty file",
+        "bad/text.png": "not an image",
+        "bad/deep.png": "16-bit pixels",
+        "bad/float.tif": "32-bit pixels",
+        "bad/moving.gif": "2 frames",
+        "bad/pages.tif": "2 frames",
+        "bad/link.png": "No such file",
+        "bad/bitmap.bmp": "'.bmp' are not written",
+    }
+
+
+def test_help_does_not_wait_for_torch():
+    code = f"import runpy, sys; sys.argv = ['upscale.py', '--help']\ntry: runpy.run_path({str(SCRIPT)!r}, run_name="
+    code += "'__main__')\nexcept SystemExit as stop: assert not stop.code\nassert 'torch' not in sys.modules"
+    text = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert "Exit code: 0" in text
+
+
+def test_a_folder_of_20_good_and_10_broken_files(run, tmp_path):
+    source, output = tmp_path / "in", tmp_path / "out"
+    good_files(source)
+    good = files(source)
+    broken = broken_files(source)
+    assert (len(good), len(broken)) == (20, 10)
+
+    code, lines, report = run(source, output, "--outscale", 2, "--keep_going")
+    assert code == 1
+    assert files(output) == sorted([*good, "report.json"])
+    assert [line.split(": ")[1] for line in lines] == sorted(broken)
+    by_name = {file["input"]: file for file in report["files"]}
+    for line, (name, why) in zip(lines, sorted(broken.items()), strict=True):
+        assert line.startswith("error: ") and why in line
+        assert by_name[name]["status"] == "failed" and why in by_name[name]["reason"]
+    assert report["counts"] == {"done": 20, "skipped": 0, "failed": 10, "not reached": 0}
+    assert str(tmp_path) not in json.dumps(report["files"])
+    assert report["versions"]["torch"] == torch.__version__ and report["settings"]["outscale"] == 2
+
+    changed = {"deep/palette.png": "RGB", "deep/palette clear.png": "RGBA", "deep/one bit.png": "L"}
+    changed |= {"deep/cmyk.jpg": "RGB", "deep/keyed.png": "LA"}
+    for name in good:
+        with Image.open(source / name) as before, Image.open(output / name) as after:
+            for image in (before, after):
+                image.load()
+            assert after.format == before.format
+            assert after.size == tuple(2 * side for side in before.size)
+            assert after.mode == changed.get(name, before.mode), name
+            assert after.info.get("icc_profile") == before.info.get("icc_profile")
+            assert dict(after.getexif()) == dict(before.getexif()) or after.format == "TIFF", name
+            if "dpi" in before.info:
+                assert after.info["dpi"] == pytest.approx(before.info["dpi"])
+            if after.has_transparency_data:
+                alpha = before.convert("LA" if after.mode == "LA" else "RGBA").getchannel("A")
+                assert after.getchannel("A").tobytes() == alpha.resize(after.size, Image.BICUBIC).tobytes()
+            notes = " ".join(by_name[name]["notes"])
+            assert (f"{before.mode} converted to {after.mode}" in notes) == (name in changed), name
+            assert ("luma" in notes) == after.mode.startswith("L"), name
+            assert by_name[name]["output_size"] == list(after.size)
+    assert Image.open(output / "b.jpg").getexif()[0x0112] == 6
+    assert Image.open(output / "b.jpg").info["icc_profile"] == PROFILE
+
+
+def test_the_pixels_are_the_pipelines(run, tmp_path, models):
+    source = save(noise(), tmp_path / "in/a.png").parent
+    flags = ["--outscale", 3, "--guidance", "gradient", "--operator", "area", "--hard_consistency", "--tile", 8]
+    code, _, report = run(source, tmp_path / "out", *flags, "--tile_pad", 4, "--seed", 5)
+    assert code == 0
+    pipeline = pyrdiff.load(models[3], pipeline_class="GuidedSRPipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(report["files"][0]["seed"])
+    arguments = dict(guidance="gradient", operator="area", hard_consistency=True, tile=8, tile_overlap=4)
+    expected = pipeline(noise(), scale_factor=3, refine_steps=2, generator=generator, **arguments).images[0]
+    given = np.asarray(Image.open(tmp_path / "out/a.png")).astype(int)
+    assert np.abs(given - np.asarray(expected)).max() <= 1
+
+
+def test_without_keep_going_it_stops_at_the_first_failure(run, tmp_path):
+    for name in ("a.png", "c.png"):
+        save(noise(), tmp_path / "in" / name)
+    (tmp_path / "in/b.png").touch()
+    code, lines, report = run(tmp_path / "in", tmp_path / "out")
+    assert (code, lines) == (2, ["error: b.png: empty file"])
+    assert files(tmp_path / "out") == ["a.png", "report.json"]
+    assert report["counts"] == {"done": 1, "skipped": 0, "failed": 1, "not reached": 1}
+
+
+def test_a_result_depends_on_seed_and_name_and_not_on_its_neighbours(run, tmp_path):
+    for name in ("a.png", "b.png", "below/a.png"):
+        save(noise(), tmp_path / "in" / name)
+    save(noise(), tmp_path / "alone/b.png")
+    run(tmp_path / "in", tmp_path / "out")
+    code, _, report = run(tmp_path / "alone", tmp_path / "first")
+    code, *_ = run(tmp_path / "alone/b.png", tmp_path / "second")
+    run(tmp_path / "alone", tmp_path / "other", "--seed", 1)
+    read = [tmp_path / place for place in ("out/b.png", "first/b.png", "second/b.png")]
+    first, *others = [path.read_bytes() for path in read]
+    assert others == [first, first] and report["files"][0]["seed"] < 2**63
+    for place in ("out/a.png", "out/below/a.png", "other/b.png"):  # the same picture under another name or seed
+        assert (tmp_path / place).read_bytes() != first
+
+
+def test_skip_existing(run, tmp_path, monkeypatch):
+    for name in ("a.png", "b.png"):
+        save(noise(), tmp_path / "in" / name)
+    save(Image.new("RGB", (1, 1)), tmp_path / "out/a.png")
+    kept = (tmp_path / "out/a.png").read_bytes()
+    code, _, report = run(tmp_path / "in", tmp_path / "out", "--skip_existing")
+    assert code == 0 and [file["status"] for file in report["files"]] == ["skipped", "done"]
+    assert (tmp_path / "out/a.png").read_bytes() == kept
+    with monkeypatch.context() as patch:  # with nothing left to do, no model is loaded
+        patch.setattr(hub, "load", None)
+        code, _, report = run(tmp_path / "in", tmp_path / "out", "--skip_existing")
+    assert code == 0 and report["counts"]["skipped"] == 2
+    code, _, report = run(tmp_path / "in", tmp_path / "out")
+    assert code == 0 and (tmp_path / "out/a.png").read_bytes() != kept
+
+
+def test_results_are_no_inputs(run, tmp_path):
+    source = save(noise(), tmp_path / "in/a.png").parent
+    for _ in range(2):  # inside the input folder, but not read the second time
+        code, _, report = run(source, source / "larger")
+        assert code == 0 and [file["input"] for file in report["files"]] == ["a.png"]
+    shutil.rmtree(source / "larger")
+
+    code, lines, _ = run(source, source)
+    assert code == 2 and "would replace the input a.png" in lines[0]
+    for _ in range(2):
+        code, _, report = run(source, source, "--suffix", "_x4", "--skip_existing")
+        assert code == 0 and [file["output"] for file in report["files"]] == ["a_x4.png"]
+    assert files(source) == ["a.png", "a_x4.png", "report.json"]
+    code, lines, _ = run(source, source, "--suffix", "_x4")
+    assert code == 2 and "a.png would replace the input a_x4.png" in lines[0]
+
+
+def test_two_inputs_with_one_result(run, tmp_path):
+    save(noise(), tmp_path / "in/a.png")
+    save(noise(), tmp_path / "in/a.jpg")
+    code, lines, _ = run(tmp_path / "in", tmp_path / "out", "--ext", "png")
+    assert code == 2 and "a.jpg and a.png would both be" in lines[0] and not (tmp_path / "out").exists()
+    code, *_ = run(tmp_path / "in", tmp_path / "out", "--suffix", "_x2", "--outscale", 2)
+    assert code == 0 and files(tmp_path / "out") == ["a_x2.jpg", "a_x2.png", "report.json"]
+
+
+def test_another_extension(run, tmp_path):
+    save(noise("RGBA"), tmp_path / "in/a.png")
+    save(noise(), tmp_path / "in/b.bmp")
+    code, lines, _ = run(tmp_path / "in", tmp_path / "out", "--ext", "jpg", "--keep_going")
+    assert code == 1 and lines == ["error: a.png: JPEG holds no transparency; expected png, webp or tif"]
+    code, *_ = run(tmp_path / "in", tmp_path / "out", "--ext", "webp")
+    assert code == 0 and files(tmp_path / "out") == ["a.webp", "b.jpg", "b.webp", "report.json"]
+
+
+def test_one_file(run, tmp_path):
+    source = save(noise(), tmp_path / "a.png")
+    code, _, report = run(source, tmp_path / "out/b.tif", "--outscale", 2)
+    assert (code, report) == (0, None) and Image.open(tmp_path / "out/b.tif").size == (10, 12)
+    code, *_ = run(source, tmp_path / "folder", "--report", tmp_path / "told/r.json")
+    assert code == 0 and files(tmp_path / "folder") == ["a.png"]
+    assert json.loads((tmp_path / "told/r.json").read_text())["files"][0]["output"] == "a.png"
+    code, lines, _ = run(source, tmp_path / "third", "--outscale", 1.5)
+    assert code == 2 and "expected whole sides" in lines[0] and not files(tmp_path / "third")
+
+
+def test_a_gray_model(run, tmp_path):
+    save(noise("L"), tmp_path / "in/a.png")
+    save(noise(), tmp_path / "in/b.png")
+    code, lines, report = run(tmp_path / "in", tmp_path / "out", "--keep_going", channels=1)
+    assert code == 1 and lines == ["error: b.png: a colour image: expected a gray one, for this model of one channel"]
+    assert report["files"][0]["notes"] == [] and Image.open(tmp_path / "out/a.png").mode == "L"
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--outscale", 0.5], "--outscale: got 0.5"),
+    (["--outscale", "nan"], "--outscale: got nan"),
+    (["--tile", 0], "--tile: got 0"),
+    (["--tile", 16, "--tile_pad", 16], "--tile_pad: got 16"),
+    (["--tile_pad", 4], "--tile_pad: got 4"),
+    (["--refine_steps", 0], "--refine_steps: got 0"),
+    (["--suffix", "/x"], "--suffix: got '/x'"),
+    (["--input", "nowhere"], "--input: 'nowhere' does not exist"),
+    (["--report", "."], "--report: got the folder '.'"),
+    (["--output", SCRIPT], "--output: got the file"),
+    (["--output", SCRIPT / "below"], "Not a directory"),
+    (["--model", "nowhere"], "'nowhere'"),
+    (["--device", "abacus"], "--device: got 'abacus'"),
+])  # fmt: skip
+def test_bad_arguments_are_one_line_and_nothing_is_written(run, tmp_path, flags, said):
+    save(noise(), tmp_path / "in/a.png")
+    code, lines, report = run(tmp_path / "in", tmp_path / "out", *flags)
+    assert (code, len(lines), report) == (2, 1, None) and said in lines[0], lines
+    assert not (tmp_path / "out").exists() or not files(tmp_path / "out")
+
+
+def test_nothing_to_do(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    code, lines, _ = run(tmp_path / "in", tmp_path / "out")
+    assert code == 2 and "has no image" in lines[0] and len(lines) == 1
+
+
+def test_operators_are_the_pipelines():
+    names = runpy.run_path(str(SCRIPT))["OPERATORS"]
+    assert set(names) == set(SeparableOperator.NAMES) - {"gray"}  # which turns colour into gray
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_interrupted_run_leaves_no_partial_file(run, tmp_path, monkeypatch, number, code):
+    for name in ("a.png", "b.png", "c.png"):
+        save(noise(), tmp_path / "in" / name)
+    whole, seen = Image.Image.save, []
+
+    def slow(image, file, *args, **options):
+        if "/.b.png" in file.name:
+            file.write(b"half")
+            file.flush()
+            seen.extend(files(tmp_path / "out"))
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        whole(image, file, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "save", slow)
+    stopped, _, report = run(tmp_path / "in", tmp_path / "out")
+    assert seen == [f".b.png.writing-{os.getpid()}", "a.png"]
+    assert stopped == code and files(tmp_path / "out") == ["a.png", "report.json"]
+    assert Image.open(tmp_path / "out/a.png").size == (20, 24)
+    assert report["counts"] == {"done": 1, "skipped": 0, "failed": 0, "not reached": 2}
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_a_model_that_gives_no_numbers(run, tmp_path, models):
+    pipeline = pyrdiff.load(models[3])
+    torch.nn.init.constant_(pipeline.unet.conv_out.bias, float("nan"))
+    pipeline.save_pretrained(tmp_path / "model")
+    source = save(noise(), tmp_path / "a.png")
+    code, lines, _ = run(source, tmp_path / "out", "--model", tmp_path / "model")
+    assert code == 2 and lines == ["error: a.png: the model gave values that are no numbers"]
+    assert not files(tmp_path / "out")
+
+
+def test_a_full_disk_is_said(run, tmp_path, monkeypatch):
+    save(noise(), tmp_path / "in/a.png")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    code, lines, report = run(tmp_path / "in", tmp_path / "out")
+    place = tmp_path / "out/report.json"
+    assert code == 2 and lines == [f"error: {name}: No space left on device" for name in ("a.png", place)]
+    assert report is None and not files(tmp_path / "out")
