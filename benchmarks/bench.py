@@ -17,6 +17,7 @@ import json
 import os
 import re
 import statistics
+import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -122,6 +123,11 @@ def chosen_arms(pipeline, extra: str | None, only: list[str] | None, skip: list[
     return left
 
 
+def top_level(pipeline):
+    """The highest level of a pipeline, in a plan that fits however few training steps."""
+    return pipeline.plan(num_inference_steps=2, refine_steps=2, refine_strength=1.0).levels[-1]
+
+
 def build_scheduler(settings: dict, base):
     """A scheduler of diffusers as its class has it, over the noise process of `base`, clipping the clean estimate."""
     import diffusers
@@ -151,7 +157,7 @@ class Sampler:
         import pyrdiff
 
         self.loop, self.arguments, self.network = arm["loop"], dict(arm["arguments"]), network
-        self.shape = (base.unet.config.in_channels, *base.plan().levels[-1].network_size)
+        self.shape = (base.unet.config.in_channels, *top_level(base).network_size)
         if self.loop == "saved":
             self.pipeline = copy.copy(base)
             self.pipeline.unet = network
@@ -182,9 +188,11 @@ class Sampler:
         return self.pipeline(count, generator=generator, output_type="latent", **self.arguments).images
 
     def expected_calls(self) -> list[tuple[tuple[int, int], int]]:
-        """Network calls by size, before a run; of the parallel loop a guess."""
+        """Network calls by size, before a run; of the parallel loop a guess. Raises `ValueError` for too many steps."""
         if self.loop in ("stock", "parallel"):
-            calls = self.arguments["num_inference_steps"]
+            calls, most = self.arguments["num_inference_steps"], self.scheduler.config.num_train_timesteps
+            if calls > most:
+                raise ValueError(f"num_inference_steps={calls}: expected at most {most}, the training steps")
             return [(self.shape[1:], calls * (3 if self.loop == "parallel" else 1))]
         known = inspect.signature(self.pipeline.plan).parameters
         plan = self.pipeline.plan(**{key: value for key, value in self.arguments.items() if key in known})
@@ -263,9 +271,20 @@ class Bench:
         self.base.unet.to(self.device).eval()
         if self.device.type == "cuda":
             self.base.unet.to(memory_format=torch.channels_last)
-        self.top = self.base.plan().levels[-1].network_size
-        self.arms = chosen_arms(self.base, options.arms, options.only, options.skip)
-        self.samplers = {name: Sampler(arm, self.base, self.base.unet) for name, arm in self.arms.items()}
+        self.top = top_level(self.base).network_size
+        self.arms, self.samplers = {}, {}
+        for name, arm in chosen_arms(self.base, options.arms, options.only, options.skip).items():
+            sampler = Sampler(arm, self.base, self.base.unet)
+            try:
+                sampler.expected_calls()
+            except ValueError as error:
+                if name not in arms(self.base):
+                    raise ValueError(f"--arms {name!r}: {error}") from error
+                print(f"left out: {name}: {error}", file=sys.stderr)  # ours are made for 1000 training steps
+                continue
+            self.arms[name], self.samplers[name] = arm, sampler
+        if not self.arms:
+            raise ValueError(f"--only {options.only} --skip {options.skip}: expected an arm that this model can run")
         self.counters = {self.base.unet: Calls(self.base.unet)}
         self.counted: dict[str, tuple[int, list]] = {}
         self.model_hash = scoring.model_hash(options.model)
@@ -487,7 +506,7 @@ class Bench:
         scorer = scoring.Scorer(
             options.reference,
             options.array_key,
-            self.base.plan().levels[-1].size,
+            top_level(self.base).size,
             config.in_channels,
             options.features,
             options.weights,
@@ -508,7 +527,7 @@ class Bench:
 
 def _peak_memory(options, name: str) -> int:
     """In a process of its own, where nothing ran before."""
-    options.only, options.skip = None, None
+    options.only, options.skip = [name], None
     return Bench(options).peak_memory(name)
 
 

@@ -3,7 +3,8 @@ The predicted time of plans against the measured one, on an idle machine:
 
     python benchmarks/plan_cost.py --model runs/pddpm/pipeline --output benchmarks/results/plan_cost.json
 
-`pyrdiff.plan.measure_costs` times a step at every level once; then the plans are run in turn, again and again.
+`pyrdiff.plan.measure_costs` times a step of every scheduler at every level once; then the plans are run in turn, again
+and again.
 """
 
 import argparse
@@ -35,7 +36,7 @@ def measure(options) -> dict:
     top = {"num_inference_steps": 10, "resolutions": [pipeline.plan().levels[-1].size], "scheduler": SDE}
     plans = {**PLANS, "10 at the top, SDE-DPM-Solver++": top}
     began = time.perf_counter()
-    costs = measure_costs(pipeline, options.batch_size)
+    costs = measure_costs(pipeline, options.batch_size, plans)
     spent = time.perf_counter() - began
     seconds = {name: [] for name in plans}
     for turn in range(options.runs + 1):
@@ -52,7 +53,7 @@ def measure(options) -> dict:
     rows = []
     for name, plan in plans.items():
         laid_out, measured = pipeline.plan(plan=plan), statistics.median(seconds[name])
-        predicted = costs.predict(laid_out)
+        predicted = costs.predict(pipeline, plan)
         rows.append(
             {
                 "name": name,
@@ -67,7 +68,9 @@ def measure(options) -> dict:
         "bench": "plan_cost",
         "batch_size": options.batch_size,
         "model": {"parameters": sum(p.numel() for p in pipeline.unet.parameters())},
-        "costs": costs.seconds,
+        "costs": {
+            f"{size} with {name}": value for name, sizes in costs.seconds.items() for size, value in sizes.items()
+        },
         "measuring": spent,
         **report.surroundings(options.threads),
         "rows": rows,

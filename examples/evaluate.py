@@ -217,7 +217,7 @@ def compare_sets(options: argparse.Namespace, device) -> list:
             results.append((result, interval(distance, fake, options)))
         elif name == "kid":
             result = metrics.kid(real, fake, features=network)
-            results.append((result, interval(lambda part: metrics.kid(real, part).value, fake, options)))
+            results.append((result, interval(metrics.KernelReference(real).distance, fake, options)))
         else:
             precision, recall = metrics.precision_recall(real, fake, features=network)
             results += [(precision, interval(mean, precision.per_image, options)), (recall, None)]

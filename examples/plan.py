@@ -3,8 +3,9 @@ What the plans of a model cost on this machine, and which one fits a budget:
 
     python examples/plan.py --model runs/pddpm/pipeline --batch_size 16 --budget_ms 200
 
-Every level is timed once (kept in --costs, if given); the times of plans are added up from that. With --bench, a JSON
-of benchmarks/bench.py, plans are chosen by measured quality, also for a --target.
+Every level is timed once with each scheduler that a plan runs it with (kept in --costs, if given); the times of plans
+are added up from that. With --bench, a JSON of benchmarks/bench.py, plans are chosen by measured quality, also for a
+--target; within a budget it is the cheapest of those that cannot be told from the best.
 """
 
 import argparse
@@ -34,15 +35,14 @@ def main() -> None:
 
     pipeline = pyrdiff.load(options.model)
     pipeline.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    plans, quality = dict(pipeline.config.plans or {}), None
+    plans, quality, intervals = dict(pipeline.config.plans or {}), None, None
     if options.bench:
-        plans, quality = bench_plans(options.bench)
+        plans, quality, intervals = bench_plans(options.bench)
     if options.costs and Path(options.costs).exists():
         costs = StepCosts.load(options.costs)
-        if costs.batch_size != options.batch_size:
-            raise ValueError(f"--costs {options.costs}: of {costs.batch_size} images; expected {options.batch_size}")
+        costs.check(pipeline, options.batch_size)
     else:
-        costs = measure_costs(pipeline, options.batch_size)
+        costs = measure_costs(pipeline, options.batch_size, plans)
         if options.costs:
             costs.save(options.costs)
 
@@ -50,11 +50,13 @@ def main() -> None:
     for name, plan in plans.items():
         laid_out = pipeline.plan(plan=plan)
         calls = "/".join(str(len(level.timesteps)) for level in laid_out.levels)
-        each = 1000 * costs.predict(laid_out) / costs.batch_size
-        distance = "" if quality is None else f"  distance {quality[name]:.4g}"
+        each = 1000 * costs.predict(pipeline, plan) / costs.batch_size
+        distance = ""
+        if quality is not None:
+            distance = "  distance {:.4g} [{:.4g}, {:.4g}]".format(quality[name], *intervals[name])
         print(f"  {name:<40} {calls:<14} {laid_out.nfe_eq:>8.2f} NFE-eq {each:>10.1f} ms an image{distance}")
     if options.budget_ms is not None or options.target is not None:
-        chosen = choose(pipeline, costs, plans, options.budget_ms, quality, options.target)
+        chosen = choose(pipeline, costs, plans, options.budget_ms, quality, options.target, intervals)
         print(f"chosen: {chosen} {plans[chosen]}")
 
 

@@ -200,8 +200,16 @@ def test_an_arm_from_a_file_with_its_memory(folder):
         }
     }
     (folder / "arms.json").write_text(json.dumps(extra))
-    found = run(folder, "mine.json", "--phase", "memory", "--only", "mine", "--arms", str(folder / "arms.json"))
-    assert found["arms"]["mine"]["memory"] > 0 and found["arms"]["mine"]["nfe_eq"] == 6 / 16 + 2 / 4 + 2
+    flags = ["--phase", "memory", "--only", "mine", "DDIM 20", "--arms", str(folder / "arms.json")]
+    flags += ["--batch_size", "64"]
+    found = run(folder, "mine.json", *flags)
+    assert list(found["arms"]) == ["DDIM 20", "mine"] and found["arms"]["mine"]["nfe_eq"] == 6 / 16 + 2 / 4 + 2
+    shown = bench.table(found)
+    header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines()[2:]]
+    peaks = {row[0]: int(row[header.index("peak, MiB")]) for row in rows}
+    assert min(peaks.values()) >= 2, "64 images in 8 channels at 16x16 are 0.5 MiB, and a block holds several"
+    assert {name: round(row["memory"] / 2**20) for name, row in found["arms"].items()} == peaks
+    assert "Memory: peak resident, in a process of its own, above the loaded model" in shown
     slow = run(
         folder,
         "mine.json",
@@ -216,6 +224,27 @@ def test_an_arm_from_a_file_with_its_memory(folder):
     )
     assert "memory" in slow["arms"]["mine"], "kept from the earlier phase"
     assert [len(part["values"]) for part in slow["arms"]["mine"]["seconds"].values()] == [1], "once, at batch 1"
+
+
+def test_arms_with_more_steps_than_the_training_had_are_left_out(folder, tmp_path, capsys):
+    network = pyrdiff.load(folder / "model").unet
+    pyrdiff.hub.export(pyrdiff.PyramidalPipeline(network, DDPMScheduler(60)), tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), "--phase", "time", "--runs", "1", "--batch_size", "2"]
+    flags += ["--threads", "1", "--output", str(tmp_path / "few.json"), "--only"]
+    bench.main([*flags, "DDPM 1000", "DDIM 20", "pyramid 1000", "pyramid 50/5/5, DDPM", "pyramid 20/5/5"])
+    found = json.loads((tmp_path / "few.json").read_text())
+    kept = ["DDIM 20", "pyramid 50/5/5, DDPM + DPM-Solver++", "pyramid 20/5/5, DPM-Solver++"]
+    assert list(found["arms"]) == kept and all("throughput" in row["seconds"] for row in found["arms"].values())
+    named = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out: ")]
+    assert [line.split(": ")[1] for line in named] == ["DDPM 1000", "pyramid 1000/30/30, DDPM"]
+    assert all("num_inference_steps=1000: expected at most 60" in line for line in named)
+
+    with pytest.raises(ValueError, match="expected an arm that this model can run"):
+        bench.main([*flags, "DDPM 1000"])
+    arm = {"method": "mine", "scheduler": {"_class_name": "DDPMScheduler"}, "arguments": {"refine_steps": 30}}
+    (tmp_path / "arms.json").write_text(json.dumps({"mine": arm}))
+    with pytest.raises(ValueError, match="^--arms 'mine': num_inference_steps=100: expected at most 60"):
+        bench.main([*flags, "mine", "--arms", str(tmp_path / "arms.json")])
 
 
 def test_trainings_side_by_side(folder, monkeypatch):

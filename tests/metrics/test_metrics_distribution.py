@@ -5,7 +5,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from pyrdiff.metrics import FeatureStatistics, bootstrap_interval, frechet_distance, kid, precision_recall
+from pyrdiff.metrics import (
+    FeatureStatistics,
+    KernelReference,
+    bootstrap_interval,
+    frechet_distance,
+    kid,
+    precision_recall,
+)
 
 F64 = torch.float64
 
@@ -103,6 +110,17 @@ def test_two_processes_have_the_numbers_of_one(tmp_path):
         assert count == 64 and value == pytest.approx(expected, rel=1e-12)
     alone = FeatureStatistics(8).update(normal(64, 8)).all_reduce()
     assert alone.count == 64
+
+
+def test_a_reference_has_the_numbers_of_kid():
+    real = normal(30, 4)
+    reference = KernelReference(real)
+    for part in (normal(20, 4, 1), 2 * normal(25, 4, 2), real):
+        assert reference.distance(part) == kid(real, part).value
+    with pytest.raises(ValueError, match="^generated: got 5 features; accepted is 4"):
+        reference.distance(normal(20, 5))
+    with pytest.raises(ValueError, match="^real: got"):
+        KernelReference(real[:1]).distance(normal(20, 4))
 
 
 def test_kid_is_the_unbiased_sum():

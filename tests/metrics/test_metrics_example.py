@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from pyrdiff import metrics
+from pyrdiff.metrics import distribution
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "evaluate.py"
 
@@ -75,6 +76,23 @@ def test_two_sets(run, tmp_path, squeezenet_file):
     assert conventions["features"] == network.conventions
     assert report["versions"]["torch"] == torch.__version__ and report["settings"]["seed"] == 0
     assert report["images"]["resize"] is None
+
+
+def test_the_kernel_of_the_real_images_is_not_summed_again_for_resamples(run, tmp_path, squeezenet_file, monkeypatch):
+    fake, real = write(tmp_path / "fake", 7, 0), write(tmp_path / "real", 9, 1)
+    flags = ["--generated", tmp_path / "fake", "--reference", tmp_path / "real", "--output", tmp_path / "scores.json"]
+    flags += ["--features", "squeezenet", "--weights", squeezenet_file, "--metrics", "kid", "--resamples", 20]
+    mean_kernel, counts = distribution._mean_kernel, []
+    monkeypatch.setattr(distribution, "_mean_kernel", lambda part: counts.append(len(part)) or mean_kernel(part))
+    assert run(*flags)[2] == 0
+    assert counts.count(9) == 2, "for the figure and for the interval"
+    assert counts.count(7) == 22, "the figure, the interval's figure, and the resamples"
+    monkeypatch.undo()
+    (found,) = json.loads((tmp_path / "scores.json").read_text())["results"]
+    network = metrics.open_features("squeezenet", squeezenet_file)
+    features = [network(tensor(part), data_range=(0, 1)) for part in (real, fake)]
+    expected = metrics.bootstrap_interval(lambda part: metrics.kid(features[0], part).value, features[1], resamples=20)
+    assert found["interval"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_pairs(run, tmp_path, lpips_heads, alexnet_file):

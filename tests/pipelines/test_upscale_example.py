@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def models(tmp_path_factory) -> dict[int, Path]:
 @pytest.fixture
 def run(monkeypatch, capsys, models):
     """Runs the script with flags: its exit code, the lines of stderr that are errors, and the report."""
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the script's own handler is to replace this one
 
     def call(source, output, *flags, channels=3) -> tuple[int, list[str], dict | None]:
         flags = ["--model", models[channels], "--input", source, "--output", output, "--refine_steps", 2, *flags]
@@ -195,16 +196,19 @@ def test_a_folder_of_20_good_and_10_broken_files(run, tmp_path):
 
 def test_the_pixels_are_the_pipelines(run, tmp_path, models):
     source = save(noise(), tmp_path / "in/a.png").parent
+    save(noise("L"), source / "gray.png")
     flags = ["--outscale", 3, "--guidance", "gradient", "--operator", "area", "--hard_consistency", "--tile", 8]
     code, _, report = run(source, tmp_path / "out", *flags, "--tile_pad", 4, "--seed", 5)
     assert code == 0
     pipeline = pyrdiff.load(models[3], pipeline_class="GuidedSRPipeline")
     pipeline.set_progress_bar_config(disable=True)
-    generator = torch.Generator().manual_seed(report["files"][0]["seed"])
     arguments = dict(guidance="gradient", operator="area", hard_consistency=True, tile=8, tile_overlap=4)
-    expected = pipeline(noise(), scale_factor=3, refine_steps=2, generator=generator, **arguments).images[0]
-    given = np.asarray(Image.open(tmp_path / "out/a.png")).astype(int)
-    assert np.abs(given - np.asarray(expected)).max() <= 1
+    for file, image in zip(report["files"], (noise(), noise("L").convert("RGB")), strict=True):
+        generator = torch.Generator().manual_seed(file["seed"])
+        expected = pipeline(image, scale_factor=3, refine_steps=2, generator=generator, **arguments).images[0]
+        given = Image.open(tmp_path / "out" / file["output"])
+        difference = np.asarray(given).astype(int) - np.asarray(expected.convert(given.mode))
+        assert np.abs(difference).max() <= 1
 
 
 def test_without_keep_going_it_stops_at_the_first_failure(run, tmp_path):
@@ -274,11 +278,15 @@ def test_two_inputs_with_one_result(run, tmp_path):
     assert code == 0 and files(tmp_path / "out") == ["a_x2.jpg", "a_x2.png", "report.json"]
 
 
-def test_another_extension(run, tmp_path):
+def test_another_extension(run, tmp_path, monkeypatch):
     save(noise("RGBA"), tmp_path / "in/a.png")
+    with monkeypatch.context() as patch:  # no time is spent on what could not be written
+        patch.setattr(pyrdiff.GuidedSRPipeline, "__call__", None)
+        code, lines, _ = run(tmp_path / "in", tmp_path / "out", "--ext", "jpg")
+    assert code == 2 and lines == ["error: a.png: JPEG holds no transparency; expected png, webp or tif"]
     save(noise(), tmp_path / "in/b.bmp")
-    code, lines, _ = run(tmp_path / "in", tmp_path / "out", "--ext", "jpg", "--keep_going")
-    assert code == 1 and lines == ["error: a.png: JPEG holds no transparency; expected png, webp or tif"]
+    code, *_ = run(tmp_path / "in", tmp_path / "out", "--ext", "jpg", "--keep_going")
+    assert code == 1 and files(tmp_path / "out") == ["b.jpg", "report.json"]
     code, *_ = run(tmp_path / "in", tmp_path / "out", "--ext", "webp")
     assert code == 0 and files(tmp_path / "out") == ["a.webp", "b.jpg", "b.webp", "report.json"]
 
@@ -322,6 +330,17 @@ def test_bad_arguments_are_one_line_and_nothing_is_written(run, tmp_path, flags,
     code, lines, report = run(tmp_path / "in", tmp_path / "out", *flags)
     assert (code, len(lines), report) == (2, 1, None) and said in lines[0], lines
     assert not (tmp_path / "out").exists() or not files(tmp_path / "out")
+
+
+def test_a_folder_that_cannot_be_written_to(run, tmp_path, monkeypatch):
+    def refused(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+
+    save(noise(), tmp_path / "in/a.png")
+    monkeypatch.setattr(tempfile, "TemporaryFile", refused)
+    monkeypatch.setattr(hub, "load", None)  # is not reached
+    code, lines, _ = run(tmp_path / "in", tmp_path / "out")
+    assert code == 2 and len(lines) == 1 and "Permission denied" in lines[0]
 
 
 def test_nothing_to_do(run, tmp_path):

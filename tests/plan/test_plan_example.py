@@ -35,8 +35,18 @@ def test_it_prints_the_plans_and_chooses(tmp_path):
     done = run(*flags, "--budget_ms", "1000000")
     assert done.returncode == 0, done.stderr
     assert all(f"  {name} " in done.stdout for name in plans()) and "chosen: paper" in done.stdout
-    assert json.loads((tmp_path / "costs.json").read_text())["batch_size"] == 2
+    costs = json.loads((tmp_path / "costs.json").read_text())
+    assert costs["batch_size"] == 2 and len(costs["seconds"]) == 2, "DDPM and the solver of the shorter plans"
     done = run(*flags, "--budget_ms", "0.000001")
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: budget_ms=1e-06: expected")
     done = run(*flags[:2], "--batch_size", "3", *flags[4:])
-    assert done.returncode == 1 and "of 2 images; expected 3" in done.stderr
+    expected = "error: costs were measured with batch_size=2: expected batch_size=3"
+    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1] == expected
+
+    score = {"frechet": 9.0, "frechet_interval": [8.0, 10.0]}
+    arm = {"settings": {"loop": "saved", "arguments": {"plan": plans()["fast"]}}, "score": score}
+    best = {"settings": {"loop": "saved", "arguments": {"plan": plans()["paper"]}}, "score": {**score, "frechet": 8.5}}
+    (tmp_path / "bench.json").write_text(json.dumps({"arms": {"quick": arm, "long": best}}))
+    done = run(*flags, "--budget_ms", "1000000", "--bench", str(tmp_path / "bench.json"))
+    assert done.returncode == 0, done.stderr
+    assert "distance 9 [8, 10]" in done.stdout and "chosen: quick" in done.stdout

@@ -109,6 +109,16 @@ def test_spectra_are_about_the_mean_image_and_along_the_colours():
         assert torch.allclose(one, other, rtol=1e-5)
 
 
+def test_the_images_that_are_measured_come_from_the_generator():
+    levels, _ = coloured_levels(60)
+
+    def power(*seed) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(number) for number in seed]
+        return Spectra.of(levels, 20, *generators).power[0]
+
+    assert torch.equal(power(), power(0)) and torch.equal(power(1), power(1)) and not torch.equal(power(), power(1))
+
+
 def test_spectra_need_two_images():
     levels, _ = coloured_levels(2)
     assert math.isfinite(Spectra.of(levels).power[0].sum())

@@ -1,6 +1,8 @@
-"""Training data: reading images, levels of resolution, multi-scale batches, the embedded letters, detail spectra."""
+"""Training data: reading images, levels of resolution, multi-scale batches, the embedded letters, detail spectra.
+Also image files that are read to be worked on and written back with what they carry."""
 
 from .batches import Batch, MultiScaleBatches
+from .files import Picture, check_saving, open_picture, replacing, save_picture
 from .glyphs import draw_glyphs
 from .images import BadImageError, decode_image, fit_image, list_images
 from .levels import ImageLevels
@@ -14,13 +16,18 @@ __all__ = [
     "ImageLevels",
     "ImageSource",
     "MultiScaleBatches",
+    "Picture",
+    "check_saving",
     "decode_image",
     "detail_spectra",
     "draw_glyphs",
     "fit_image",
     "list_images",
     "octave_power",
+    "open_picture",
     "open_source",
     "radial_covariance",
+    "replacing",
+    "save_picture",
     "seed_of",
 ]

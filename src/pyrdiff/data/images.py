@@ -4,6 +4,8 @@ import errno
 import functools
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -113,7 +115,7 @@ def decode_image(
         name = str(source)
         if isinstance(source, (bytes, Image.Image)):
             name = "bytes" if isinstance(source, bytes) else "image"
-    try:
+    with naming_errors(name):
         if isinstance(source, Image.Image):
             return _decode(source, channels, background, max_pixels, name)
         size = len(source) if isinstance(source, bytes) else os.stat(source).st_size
@@ -122,6 +124,13 @@ def decode_image(
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         with Image.open(file, formats=_formats()) as image:
             return _decode(image, channels, background, max_pixels, name)
+
+
+@contextmanager
+def naming_errors(name: str) -> Iterator[None]:
+    """Turns whatever a decoder raises in the block into a `BadImageError`; what the machine is short of stays."""
+    try:
+        yield
     except (BadImageError, MemoryError):
         raise
     except UnidentifiedImageError as error:

@@ -1,6 +1,13 @@
 """Measures of quality: of single images, and of sets of them. Every result says how it was computed."""
 
-from .distribution import FeatureStatistics, bootstrap_interval, frechet_distance, kid, precision_recall
+from .distribution import (
+    FeatureStatistics,
+    KernelReference,
+    bootstrap_interval,
+    frechet_distance,
+    kid,
+    precision_recall,
+)
 from .features import Classifier, FeatureNetwork, ImageFeatures, open_features, train_classifier
 from .fidelity import consistency, luma, psnr, ssim
 from .loading import load
@@ -12,6 +19,7 @@ __all__ = [
     "FeatureNetwork",
     "FeatureStatistics",
     "ImageFeatures",
+    "KernelReference",
     "MetricResult",
     "bootstrap_interval",
     "combine",

@@ -174,6 +174,25 @@ def kid(
     return MetricResult("KID" if label == "inception" else f"KD-{label}", value, None, conventions)
 
 
+class KernelReference:
+    """Real features for the distance of `kid` from many sets, as in a bootstrap: their own kernel is summed only once.
+
+    Args:
+        real: features [N, D].
+    """
+
+    def __init__(self, real: Tensor):
+        self.real = real.detach().double()
+        self._within = None
+
+    def distance(self, generated: Tensor) -> float:
+        """What `kid(real, generated).value` is, of features [M, D]; `ValueError` for what that refuses."""
+        real, generated, _, _ = _features_of(self.real, generated, None, None)
+        if self._within is None:
+            self._within = _mean_kernel(real)
+        return _mmd(real, generated, self._within)
+
+
 def precision_recall(
     real: Tensor,
     generated: Tensor,
@@ -301,20 +320,24 @@ def _features_of(
     return real.detach().double(), generated.detach().double(), conventions, label
 
 
-def _mmd(real: Tensor, generated: Tensor) -> float:
-    def total(a: Tensor, b: Tensor) -> Tensor:
-        result = 0.0
-        for part in a.split(CHUNK):
-            kernel = part @ b.T / b.shape[1] + 1
-            result += (kernel * kernel * kernel).sum()
-        return result
+def _mmd(real: Tensor, generated: Tensor, within_real: Tensor | None = None) -> float:
+    within_real = _mean_kernel(real) if within_real is None else within_real
+    between = _kernel_sum(real, generated) / (len(real) * len(generated))
+    return (within_real + _mean_kernel(generated) - 2 * between).item()
 
-    def within(a: Tensor) -> Tensor:
-        alone = (a.square().sum(1) / a.shape[1] + 1).pow(3).sum()
-        return (total(a, a) - alone) / (len(a) * (len(a) - 1))
 
-    between = total(real, generated) / (len(real) * len(generated))
-    return (within(real) + within(generated) - 2 * between).item()
+def _mean_kernel(a: Tensor) -> Tensor:
+    """Mean kernel of different members of a set."""
+    alone = (a.square().sum(1) / a.shape[1] + 1).pow(3).sum()
+    return (_kernel_sum(a, a) - alone) / (len(a) * (len(a) - 1))
+
+
+def _kernel_sum(a: Tensor, b: Tensor) -> Tensor:
+    result = 0.0
+    for part in a.split(CHUNK):
+        kernel = part @ b.T / b.shape[1] + 1
+        result += (kernel * kernel * kernel).sum()
+    return result
 
 
 def _square_distances(a: Tensor, b: Tensor):

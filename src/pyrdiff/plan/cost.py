@@ -1,11 +1,13 @@
 """What a plan costs on this machine: steps are timed once at every level, and the times of plans added up from them."""
 
+import copy
+import hashlib
 import inspect
 import json
 import os
+import platform
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -16,38 +18,62 @@ import torch
 @dataclass
 class StepCosts:
     """
-    Seconds that one step takes at each size, for one batch size on one machine.
+    Seconds that one step takes by scheduler and size, for one batch size and one network on one machine.
+
+    A scheduler is named by its class and the settings that are not the class's defaults, as in
+    "DPMSolverMultistepScheduler(algorithm_type='sde-dpmsolver++')"; the noise process is left out.
 
     Attributes:
+        seconds: {scheduler: {"HxW" of the network's sample: seconds of one step, network and scheduler}}.
+        overhead: {scheduler: {"HxW": seconds that a level takes beside its steps}}.
         batch_size: Images that were sampled together.
-        seconds: {"HxW" of the network's sample: seconds of one step}.
-        overhead: {"HxW": seconds that a level takes beside its steps}.
-        device: Where the network was.
+        device: Name of the GPU, or of the processor.
         threads: CPU threads that torch used.
         dtype: Number format of the network, or "bfloat16 autocast".
+        model: Class, size and hash of the config of the network; its weights do not matter.
     """
 
+    seconds: dict[str, dict[str, float]]
+    overhead: dict[str, dict[str, float]]
     batch_size: int
-    seconds: dict[str, float]
-    overhead: dict[str, float]
     device: str
     threads: int
     dtype: str
+    model: str
 
-    def predict(self, plan) -> float:
+    def predict(self, pipeline, plan: str | dict) -> float:
         """
-        Seconds of one call of the pipeline under a plan (what `pipeline.plan(...)` returns), for `batch_size` images.
+        Seconds of `pipeline(batch_size, plan=plan)`.
+
+        Args:
+            pipeline: The one that was timed.
+            plan: One of its plans by name, or a dict; {} is a call with all arguments at their defaults.
 
         Raises:
-            ValueError: for a plan with a size that was not timed.
+            ValueError: for a plan with a scheduler or a size that was not timed.
         """
         total = 0.0
-        for level in plan.levels:
-            name = "{}x{}".format(*level.network_size)
-            if name not in self.seconds:
-                raise ValueError(f"plan has a level of {name}: expected one of the timed sizes {list(self.seconds)}")
-            total += self.overhead[name] + len(level.timesteps) * self.seconds[name]
+        for level, scheduler in _levels(pipeline, plan):
+            name, size = _scheduler_name(pipeline, scheduler), "{}x{}".format(*level.network_size)
+            if size not in self.seconds.get(name, {}):
+                timed = ", ".join(f"{name} at {', '.join(sizes)}" for name, sizes in self.seconds.items())
+                raise ValueError(f"plan has a level of {size} with {name}: expected what was timed: {timed}")
+            total += self.overhead[name][size] + len(level.timesteps) * self.seconds[name][size]
         return total
+
+    def check(self, pipeline, batch_size: int) -> None:
+        """
+        Whether these are the costs of this pipeline as it is now, and of this batch size.
+
+        Raises:
+            ValueError: if not, for instance on another machine; the message names what differs.
+        """
+        expected = _circumstances(pipeline, batch_size)
+        wrong = [name for name, value in expected.items() if getattr(self, name) != value]
+        if wrong:
+            measured = ", ".join(f"{name}={getattr(self, name)!r}" for name in wrong)
+            wanted = ", ".join(f"{name}={expected[name]!r}" for name in wrong)
+            raise ValueError(f"costs were measured with {measured}: expected {wanted}")
 
     def save(self, path: str | os.PathLike) -> None:
         """Writes JSON, beside and then renamed."""
@@ -65,67 +91,109 @@ class StepCosts:
 
 
 def measure_costs(
-    pipeline, batch_size: int = 16, resolutions: Sequence | None = None, steps: int = 10, rounds: int = 3
+    pipeline, batch_size: int = 16, plans: dict[str, dict] | None = None, steps: int = 10, rounds: int = 3
 ) -> StepCosts:
     """
-    Times the pipeline's own scheduler and network at every level: runs of few and of more steps, level after level and
-    again, after a warm-up. The difference is what steps cost, the rest is what a level costs.
+    Times every scheduler at every level where a plan uses it, with the network: runs of few and of more steps, one
+    after the other and again, after a warm-up. The difference is what steps cost, the rest is what a level costs.
 
     Args:
-        pipeline: A pipeline with `plan` and `resolutions`, such as `PyramidalPipeline`, on the device that is meant.
+        pipeline: A pipeline with plans, such as `PyramidalPipeline`, on the device that is meant.
         batch_size: Images sampled together. A call of one image costs more than a share of a call of many.
-        resolutions: The levels; by default those of the pipeline.
+        plans: {name: plan} whose cost will be asked for; by default those of the pipeline, and its own schedulers at
+            all its levels.
         steps: Steps of the longer run, 3 or more; the shorter one has 2.
         rounds: Timed runs of each; the median counts.
 
     Raises:
-        ValueError: unless batch_size and rounds are 1 or more and steps 3 or more.
+        ValueError: unless batch_size and rounds are 1 or more and steps 3 or more, or for an empty or wrong plan.
     """
     for name, value, least in (("batch_size", batch_size, 1), ("steps", steps, 3), ("rounds", rounds, 1)):
         if value < least:
             raise ValueError(f"{name}={value}: expected {least} or more")
-    device, autocast = pipeline.device, torch.is_autocast_enabled(pipeline.device.type)
+    if plans is None:
+        own = {"num_inference_steps": 2, "refine_steps": 2, "refine_strength": 1.0}  # whatever the training steps
+        plans = {"": own, **(pipeline.config.plans or {})}
+    if not plans:
+        raise ValueError("plans: got none; expected {name: plan}")
+    device = pipeline.device
+    runner = copy.copy(pipeline)
+    runner.refine_scheduler = None
+    runner.set_progress_bar_config(disable=True)
 
-    def timed(size, calls) -> tuple[int, float]:
+    def timed(scheduler, size, calls) -> tuple[int, float]:
         generator = torch.Generator(device).manual_seed(0)
+        runner.scheduler = scheduler
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         began = time.perf_counter()
-        pipeline(batch_size, [size], calls, generator=generator, output_type="latent")
+        runner(batch_size, [size], calls, generator=generator, output_type="latent")
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return pipeline.num_timesteps, time.perf_counter() - began
+        return runner.num_timesteps, time.perf_counter() - began
 
-    levels = pipeline.plan(resolutions, num_inference_steps=steps, refine_steps=2).levels
-    found: dict[tuple, list[tuple[int, float]]] = {(level.size, n): [] for level in levels for n in (2, steps)}
-    shown = dict(getattr(pipeline, "_progress_bar_config", {}))
-    pipeline.set_progress_bar_config(disable=True)
-    try:
-        for turn in range(rounds + 1):
-            for size, calls in found:
-                taken = timed(size, calls)
-                if turn:
-                    found[size, calls].append(taken)
-    finally:
-        pipeline.set_progress_bar_config(**shown)
-    seconds, overhead = {}, {}
-    for level in levels:
-        name = "{}x{}".format(*level.network_size)
+    wanted = {}
+    for plan in plans.values():
+        for level, scheduler in _levels(pipeline, plan):
+            key = _scheduler_name(pipeline, scheduler), "{}x{}".format(*level.network_size)
+            wanted.setdefault(key, (scheduler, level.size))
+    # All the short runs, then all the long ones: either kind finds the caches as a run at another size left them.
+    found: dict[tuple, list[tuple[int, float]]] = {(*key, calls): [] for calls in (2, steps) for key in wanted}
+    for turn in range(rounds + 1):
+        for (*key, calls), runs in found.items():
+            taken = timed(*wanted[tuple(key)], calls)
+            if turn:
+                runs.append(taken)
+    seconds: dict[str, dict[str, float]] = {name: {} for name, _ in wanted}
+    overhead: dict[str, dict[str, float]] = {name: {} for name, _ in wanted}
+    for name, size in wanted:
         (few, short), (many, long) = (
-            (found[level.size, n][0][0], statistics.median(value for _, value in found[level.size, n]))
-            for n in (2, steps)
+            (found[name, size, calls][0][0], statistics.median(value for _, value in found[name, size, calls]))
+            for calls in (2, steps)
         )
-        seconds[name] = max(0.0, long - short) / (many - few)
-        overhead[name] = max(0.0, short - few * seconds[name])
-    dtype = f"{torch.get_autocast_dtype(device.type)} autocast" if autocast else str(pipeline.unet.dtype)
-    return StepCosts(
-        batch_size,
-        seconds,
-        overhead,
-        torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        torch.get_num_threads(),
-        dtype.replace("torch.", ""),
-    )
+        seconds[name][size] = max(0.0, long - short) / (many - few)
+        overhead[name][size] = max(0.0, short - few * seconds[name][size])
+    return StepCosts(seconds, overhead, **_circumstances(pipeline, batch_size))
+
+
+def _levels(pipeline, plan: str | dict) -> list[tuple]:
+    """The levels of a plan, each with the scheduler that runs it."""
+    _, schedulers = pipeline._named_plan(plan, {})
+    return [(level, schedulers[min(index, 1)]) for index, level in enumerate(pipeline.plan(plan=plan).levels)]
+
+
+def _scheduler_name(pipeline, scheduler) -> str:
+    """Class and changed settings; the noise process is the same in all schedulers of a pipeline."""
+    known = inspect.signature(type(scheduler).__init__).parameters
+    changed = [
+        f"{name}={value!r}"
+        for name, value in sorted(scheduler.config.items())
+        if name in known and name not in pipeline.NOISE_PROCESS and value != known[name].default
+    ]
+    return f"{type(scheduler).__name__}({', '.join(changed)})"
+
+
+def _circumstances(pipeline, batch_size: int) -> dict:
+    """What step costs depend on, as `StepCosts` names it."""
+    device, unet = pipeline.device, pipeline.unet
+    if device.type == "cuda":
+        device_name = torch.cuda.get_device_name(device)
+    else:
+        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+        device_name = (names or [platform.processor() or device.type])[0]
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = f"{torch.get_autocast_dtype(device.type)} autocast" if autocast else str(unet.dtype)
+    config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    parameters = sum(part.numel() for part in unet.parameters())
+    return {
+        "batch_size": batch_size,
+        "device": device_name,
+        "threads": torch.get_num_threads(),
+        "dtype": dtype.replace("torch.", ""),
+        "model": f"{type(unet).__name__}, {parameters} parameters, config {digest}",
+    }
 
 
 def choose(
@@ -135,6 +203,7 @@ def choose(
     budget_ms: float | None = None,
     quality: dict[str, float] | None = None,
     target: float | None = None,
+    intervals: dict[str, tuple[float, float]] | None = None,
 ) -> str:
     """
     Picks a plan: the best within a budget, or the cheapest that reaches a target.
@@ -147,6 +216,9 @@ def choose(
         quality: {name: distance}, lower is better, as a bench measured it; see `bench_plans`. Without it the plan
             with the highest cost in the budget is taken for the best.
         target: Distance that is good enough; the cheapest such plan is taken.
+        intervals: {name: (low, high)} about the distances, of the same bench. Within a budget the cheapest plan is then
+            taken whose interval holds the best plan's distance: as good as can be told. A plan without one is taken at
+            its distance.
 
     Returns:
         The plan's name.
@@ -160,7 +232,7 @@ def choose(
         raise ValueError(f"budget_ms={budget_ms}, target={target}: expected one of them, and quality with target")
     if not plans:
         raise ValueError("plans: got none, and the pipeline has none of its own; expected {name: plan}")
-    each_ms = {name: 1000 * costs.predict(pipeline.plan(plan=plan)) / costs.batch_size for name, plan in plans.items()}
+    each_ms = {name: 1000 * costs.predict(pipeline, plan) / costs.batch_size for name, plan in plans.items()}
     if quality is not None:
         each_ms = {name: value for name, value in each_ms.items() if name in quality}
         if not each_ms:
@@ -172,7 +244,10 @@ def choose(
             raise ValueError(f"budget_ms={budget_ms}: expected at least {value:.1f}, what the plan {name!r} takes")
         if quality is None:
             return max(fitting, key=fitting.get)
-        return min(fitting, key=lambda name: (quality[name], fitting[name]))
+        best = min(quality[name] for name in fitting)
+        lows = {name: (intervals or {}).get(name, (quality[name],))[0] for name in fitting}
+        good = [name for name in fitting if min(lows[name], quality[name]) <= best]
+        return min(good, key=lambda name: (fitting[name], quality[name]))
     good = [name for name in each_ms if quality[name] <= target]
     if not good:
         name = min(each_ms, key=quality.get)
@@ -180,17 +255,19 @@ def choose(
     return min(good, key=each_ms.get)
 
 
-def bench_plans(path: str | os.PathLike) -> tuple[dict[str, dict], dict[str, float]]:
+def bench_plans(
+    path: str | os.PathLike,
+) -> tuple[dict[str, dict], dict[str, float], dict[str, tuple[float, float]]]:
     """
     The plans of a stored bench, a JSON of `benchmarks/bench.py`, and the distance that each reached.
 
     Returns:
-        ({name: plan}, {name: Frechet distance}) of its pyramids, for `choose`.
+        ({name: plan}, {name: Frechet distance}, {name: its 95 % interval}) of its pyramids, for `choose`.
 
     Raises:
         ValueError: for another file, or one without scored pyramids.
     """
-    plans, quality = {}, {}
+    plans, quality, intervals = {}, {}, {}
     try:
         arms = json.loads(Path(path).read_text(encoding="utf-8"))["arms"]
         for name, arm in arms.items():
@@ -198,12 +275,13 @@ def bench_plans(path: str | os.PathLike) -> tuple[dict[str, dict], dict[str, flo
             if "score" not in arm or settings["loop"] not in ("pyramid", "saved"):
                 continue
             quality[name] = arm["score"]["frechet"]
+            intervals[name] = tuple(arm["score"]["frechet_interval"])
             plans[name] = settings["arguments"].get("plan") or _plan_of(settings)
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"path={str(path)!r}: expected a result of benchmarks/bench.py ({error})") from error
     if not plans:
         raise ValueError(f"path={str(path)!r}: expected a result with scored pyramids")
-    return plans, quality
+    return plans, quality, intervals
 
 
 def _plan_of(settings: dict) -> dict:

@@ -30,14 +30,15 @@ class Spectra:
     power: list[torch.Tensor]
 
     @classmethod
-    def of(cls, images: ImageLevels, max_images: int = 2048, seed: int = 0) -> "Spectra":
+    def of(cls, images: ImageLevels, max_images: int = 2048, generator: torch.Generator | None = None) -> "Spectra":
         """
         Measures images at every level.
 
         Args:
             images: The levels; their pixels are taken in the range [-1, 1].
             max_images: At most so many images, chosen at random, are measured.
-            seed: Of that choice.
+            generator: A CPU generator for that choice; seeded with 0 when None, so that the spectra belong to the
+                images.
 
         Raises:
             ValueError: for fewer than two images, which have no variance.
@@ -45,7 +46,8 @@ class Spectra:
         count = min(max_images, len(images))
         if count < 2:
             raise ValueError(f"images, max_images: got {len(images)}, {max_images}; expected 2 or more")
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(0) if generator is None else generator
+        order = torch.randperm(len(images), generator=generator)
         chosen = np.sort(order[:count].numpy())
         covariances = []
         for array in images.arrays:

@@ -1,0 +1,310 @@
+"""Image files that are worked on and written back: what is kept, what is said, what is refused."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, PngImagePlugin
+from PIL.TiffImagePlugin import IFDRational
+
+from pyrdiff.data import BadImageError, Picture, check_saving, open_picture, save_picture
+
+RGB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+CMYK_PROFILE = RGB_PROFILE[:16] + b"CMYK" + RGB_PROFILE[20:]
+
+
+def noise(mode: str = "RGB", height: int = 12, width: int = 10) -> Image.Image:
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    return Image.frombytes(mode, (width, height), pixels.tobytes())
+
+
+def exif(orientation: int = 6) -> Image.Exif:
+    block = Image.Exif()
+    block[0x0112], block[0x010F] = orientation, "Camera"
+    block[0x0100] = 1234  # a width, as some cameras write it
+    block[0x8769] = {0x9003: "2024:05:06 07:08:09", 0x927C: b"maker's own", 0x829A: IFDRational(1, 60)}
+    block[0x8769][0xA432] = (IFDRational(0, 0),) * 4  # a lens of which the camera knows nothing
+    block[0x8825] = {1: "N", 2: (47.0, 22.0, 1.5)}
+    return block
+
+
+def tags(path) -> tuple[dict, dict, dict]:
+    with Image.open(path) as image:
+        block = image.getexif()
+        ours = {tag: block.get(tag) for tag in (0x0112, 0x010F)}
+        return ours, {t: str(v) for t, v in block.get_ifd(0x8769).items()}, dict(block.get_ifd(0x8825))
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def deep_png(color_type: int = 2, bits: int = 16) -> bytes:
+    """A PNG of 4 x 4 pixels."""
+    channels = {0: 1, 2: 3, 4: 2, 6: 4}[color_type]
+    header = struct.pack(">IIBBBBB", 4, 4, bits, color_type, 0, 0, 0)
+    rows = (b"\0" + bytes(4 * channels * bits // 8)) * 4
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def deep_tiff() -> bytes:
+    """An RGB TIFF of 1 x 1 pixel with 16 bits a channel, which Pillow opens as 8 bits."""
+    entries = [(256, 3, 1, 1), (257, 3, 1, 1), (258, 3, 3, 8), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 1, 14)]
+    entries += [(277, 3, 1, 3), (278, 3, 1, 1), (279, 4, 1, 6)]
+    directory = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return b"II*\0" + struct.pack("<I", 20) + struct.pack("<3H", 16, 16, 16) + bytes(6) + directory + bytes(4)
+
+
+HOLDS = {".png": ("L", "LA", "RGB", "RGBA"), ".jpg": ("L", "RGB"), ".webp": ("RGB", "RGBA")}
+HOLDS[".tif"] = HOLDS[".png"]
+
+
+@pytest.mark.parametrize("suffix, mode", [(suffix, mode) for suffix, modes in HOLDS.items() for mode in modes])
+def test_what_a_file_carries_comes_back(tmp_path, suffix, mode):
+    path = tmp_path / f"a{suffix}"
+    block = exif()
+    if suffix == ".tif":  # whose width is its own, and which is turned upright
+        del block[0x0100], block[0x0112]
+    options = {"exif": block.tobytes(), "dpi": (300, 300)}
+    if mode.startswith("RGB"):
+        options["icc_profile"] = RGB_PROFILE
+    noise(mode).save(path, **options)
+    picture = open_picture(path)
+    assert picture.notes == [] and picture.color.size == (10, 12)
+    with Image.open(path) as before:
+        before.load()
+        assert picture.color.tobytes() == before.convert(picture.color.mode).tobytes()
+
+    written = tmp_path / "out" / f"b{suffix}"
+    notes = save_picture(picture, written)
+    with Image.open(written) as after:
+        assert after.mode == mode
+        assert after.info.get("icc_profile", b"") == options.get("icc_profile", b"")
+        if suffix != ".webp":
+            assert after.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+            assert notes == []
+        if mode.endswith("A"):
+            assert after.getchannel("A").tobytes() == picture.alpha.tobytes() == before.getchannel("A").tobytes()
+    assert tags(written) == tags(path) and tags(path)[2][2] == (47.0, 22.0, 1.5)
+    if suffix != ".tif":
+        assert picture.exif == open_picture(written).exif == open_picture(path).exif
+        assert tags(written)[0][0x0112] == 6
+    assert [each.name for each in written.parent.iterdir()] == [written.name]
+
+
+def test_a_tiff_of_a_turned_photo(tmp_path):
+    noise().save(tmp_path / "a.png", exif=exif())
+    picture = open_picture(tmp_path / "a.png")
+    save_picture(picture, tmp_path / "b.tif")  # with the tag and not the width of the EXIF
+    with Image.open(tmp_path / "b.tif") as image:
+        assert image.getexif()[0x0112] == 6 and image.size == (12, 10)  # as a viewer shows it
+    turned = open_picture(tmp_path / "b.tif")
+    assert turned.notes == ["turned upright, as its orientation tag says"]
+    assert turned.color.tobytes() == picture.color.transpose(Image.Transpose.ROTATE_270).tobytes()
+    save_picture(turned, tmp_path / "c.png")
+    assert tags(tmp_path / "c.png")[0] == {0x0112: None, 0x010F: "Camera"}
+
+
+def test_from_one_format_to_another(tmp_path):
+    noise().save(tmp_path / "a.webp", exif=exif().tobytes(), lossless=True)
+    picture = open_picture(tmp_path / "a.webp")
+    for suffix in (".jpg", ".png", ".webp"):
+        save_picture(picture, tmp_path / f"b{suffix}")
+        assert tags(tmp_path / f"b{suffix}") == tags(tmp_path / "a.webp")
+    error = np.asarray(Image.open(tmp_path / "b.jpg")).astype(float) - np.asarray(picture.color)
+    assert np.abs(error).mean() < 4  # of noise in full colour; Pillow's own settings give 50
+
+
+def test_an_upright_tiff(tmp_path):
+    noise().save(tmp_path / "a.tif", tiffinfo={0x0112: 1, 0x010F: "Camera"})
+    picture = open_picture(tmp_path / "a.tif")
+    assert picture.notes == []
+    save_picture(picture, tmp_path / "b.tif")
+    assert tags(tmp_path / "b.tif")[0][0x010F] == "Camera"
+    save_picture(Picture(Image.new("RGB", (99, 99))), tmp_path / "c.tif")
+    assert (tmp_path / "c.tif").stat().st_size < 99 * 99  # compressed
+
+
+@pytest.mark.parametrize("mode, options, becomes, alpha", [
+    ("P", {}, "RGB", False),
+    ("P", {"transparency": 3}, "RGBA", True),
+    ("1", {}, "L", False),
+    ("L", {"transparency": 7}, "LA", True),
+    ("RGB", {"transparency": (1, 2, 3)}, "RGBA", True),
+])  # fmt: skip
+def test_conversions_are_said(tmp_path, mode, options, becomes, alpha):
+    image = noise("RGB" if mode == "1" else mode).convert(mode)
+    if mode == "P":
+        image.putpalette(np.random.default_rng(1).integers(0, 256, 768, dtype=np.uint8).tobytes())
+    image.save(tmp_path / "a.png", **options)
+    picture = open_picture(tmp_path / "a.png")
+    assert picture.notes == [f"{mode} converted to {becomes}"]
+    assert picture.color.mode == becomes.removesuffix("A") and (picture.alpha is not None) == alpha
+    assert picture.color.tobytes() == image.convert(picture.color.mode).tobytes()
+    if mode == "L":
+        assert picture.alpha.tobytes() == image.point(lambda value: 0 if value == 7 else 255).tobytes()
+
+
+def test_a_profile_stays_only_where_it_fits(tmp_path):
+    noise("CMYK").save(tmp_path / "a.jpg", icc_profile=CMYK_PROFILE)
+    picture = open_picture(tmp_path / "a.jpg")
+    assert picture.notes == ["CMYK converted to RGB", "ICC profile left out: it is not for RGB"]
+    assert picture.color.mode == "RGB" and picture.icc_profile == b""
+    noise("P").save(tmp_path / "a.png", icc_profile=RGB_PROFILE)
+    assert open_picture(tmp_path / "a.png").icc_profile == RGB_PROFILE
+    noise("L").save(tmp_path / "b.jpg", icc_profile=RGB_PROFILE)  # wrong, but as it came
+    assert open_picture(tmp_path / "b.jpg").icc_profile == RGB_PROFILE
+    gray = Picture(noise("L"), icc_profile=RGB_PROFILE[:16] + b"GRAY" + RGB_PROFILE[20:], dpi=(72, 72))
+    said = ["gray saved as RGB, since WebP has no gray", "ICC profile left out: it is not for RGB"]
+    assert save_picture(gray, tmp_path / "a.webp") == [*said, "DPI left out, since WebP has none"]
+
+
+@pytest.mark.parametrize("color_type", [0, 2, 4, 6])
+def test_16_bit_png_is_refused(tmp_path, color_type):
+    path = tmp_path / "a.png"
+    path.write_bytes(deep_png(color_type))
+    with pytest.raises(BadImageError, match="16-bit pixels: expected 8 bits a channel"):
+        open_picture(path)
+    path.write_bytes(deep_png(color_type, bits=8))
+    assert open_picture(path).color.size == (4, 4)
+
+
+def test_deep_tiff_is_refused(tmp_path):
+    path = tmp_path / "a.tif"
+    path.write_bytes(deep_tiff())
+    assert Image.open(path).mode == "RGB"  # Pillow would say nothing
+    with pytest.raises(BadImageError, match="16-bit"):
+        open_picture(path)
+    for array, bits in ((np.zeros((3, 3), np.uint16), 16), (np.zeros((3, 3), np.float32), 32)):
+        Image.fromarray(array).save(path)
+        with pytest.raises(BadImageError, match=f"{bits}-bit"):
+            open_picture(path)
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.tif", "a.webp", "a.png"])
+def test_several_frames_are_refused(tmp_path, name):
+    frames = [noise(), noise().transpose(Image.Transpose.ROTATE_180)]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    with pytest.raises(BadImageError, match="2 frames or pages"):
+        open_picture(tmp_path / name)
+
+
+def test_the_photo_in_an_mpo_is_taken(tmp_path):
+    noise().save(tmp_path / "a.jpg", format="MPO", save_all=True, append_images=[noise("RGB", 4, 4)])
+    picture = open_picture(tmp_path / "a.jpg")
+    assert picture.color.size == (10, 12) and picture.notes == ["the first of 2 pictures in the file"]
+
+
+def test_damage_is_named(tmp_path):
+    whole = {}
+    for suffix in ("png", "jpg", "webp", "tif"):
+        noise().save(tmp_path / f"whole.{suffix}")
+        whole[suffix] = (tmp_path / f"whole.{suffix}").read_bytes()
+    for suffix, data in whole.items():
+        path = tmp_path / f"a.{suffix}"
+        for part in (data[: len(data) * 2 // 3], data[:20], b"text", b""):
+            path.write_bytes(part)
+            with pytest.raises(BadImageError) as caught:
+                open_picture(path)
+            assert caught.value.name == str(path) and "\n" not in caught.value.reason
+    with pytest.raises(BadImageError, match="too large: 10x12"):
+        open_picture(tmp_path / "whole.png", max_pixels=119)
+    with pytest.raises(BadImageError, match="No such file"):
+        open_picture(tmp_path / "nothing.png")
+
+
+def test_bombs_are_refused_without_decoding(tmp_path):
+    for side in (9_500, 40_000):
+        header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+        data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10))) + chunk(b"IEND", b"")
+        (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+        with pytest.raises(BadImageError, match="too large"):
+            open_picture(tmp_path / "bomb.png")
+
+
+def test_what_a_format_cannot_hold_is_refused():
+    clear = Picture(noise(), alpha=noise("L"))
+    with pytest.raises(ValueError, match="JPEG holds no transparency"):
+        check_saving(clear, "a.JPG", 10, 12)
+    with pytest.raises(ValueError, match="'.gif' are not written"):
+        check_saving(clear, "a.gif", 10, 12)
+    with pytest.raises(ValueError, match="WEBP holds sides of at most 16383"):
+        check_saving(clear, "a.webp", 16_384, 1)
+    check_saving(clear, "a.png", 16_384, 1)
+
+
+def test_a_file_that_reads_back_different_never_takes_its_name(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(b"earlier")
+    save, picture = Image.Image.save, Picture(noise(), exif=exif().tobytes(), icc_profile=RGB_PROFILE)
+
+    def damaged(change):
+        def run(image, file, kind, **options):
+            save(*change(image, file, options), kind, **options)
+
+        monkeypatch.setattr(Image.Image, "save", run)
+        with pytest.raises(OSError) as caught:
+            save_picture(picture, path)
+        assert path.read_bytes() == b"earlier" and [each.name for each in tmp_path.iterdir()] == ["a.png"]
+        return str(caught.value)
+
+    def dropped(name):
+        return lambda image, file, options: (options.pop(name), (image, file))[1]
+
+    assert "pixels read back different" in damaged(lambda image, file, _: (noise("L").convert("RGB"), file))
+    assert "EXIF read back different" in damaged(dropped("exif"))
+    assert "ICC profile read back different" in damaged(dropped("icc_profile"))
+    torn = damaged(lambda image, file, _: (image, Torn(file)))
+    assert "no space" in torn
+
+
+class Torn(io.RawIOBase):
+    """A file on a disk that is full."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, data):
+        raise OSError(28, "no space")
+
+    def flush(self):
+        pass
+
+
+def test_damaged_exif_is_kept_or_named(tmp_path):
+    noise().save(tmp_path / "a.jpg", exif=b"Exif\0\0damaged")
+    picture = open_picture(tmp_path / "a.jpg")
+    save_picture(picture, tmp_path / "b.jpg")
+    assert open_picture(tmp_path / "b.jpg").exif == b"Exif\0\0damaged"
+    with pytest.raises(ValueError, match="TIFF cannot be written with what the file carries"):
+        save_picture(picture, tmp_path / "b.tif")
+    assert not (tmp_path / "b.tif").exists()
+
+
+def test_xmp_is_left_out_with_a_word_and_old_exif_is_read(tmp_path):
+    noise().save(tmp_path / "a.webp", xmp=b"<x:xmpmeta/>")
+    assert open_picture(tmp_path / "a.webp").notes == ["XMP left out"]
+    text = PngImagePlugin.PngInfo()
+    block = exif().tobytes()
+    text.add_text("Raw profile type exif", f"\nexif\n{len(block):8}\n{block.hex()}\n")
+    noise().save(tmp_path / "a.png", pnginfo=text)
+    save_picture(open_picture(tmp_path / "a.png"), tmp_path / "b.png")
+    assert tags(tmp_path / "b.png")[0] == {0x0112: 6, 0x010F: "Camera"}
+
+
+@pytest.mark.parametrize("resolution", [{282: IFDRational(0, 0), 283: IFDRational(0, 0)}, {282: 0.0, 283: 0.0}])
+def test_a_resolution_that_is_none(tmp_path, resolution):
+    noise().save(tmp_path / "a.tif", tiffinfo={296: 2, **resolution})
+    picture = open_picture(tmp_path / "a.tif")
+    assert picture.dpi is None
+    save_picture(picture, tmp_path / "b.tif")
+
+
+def test_a_large_result_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # 12 x 10 is more than twice that
+    save_picture(Picture(noise()), tmp_path / "a.png")
+    assert Image.MAX_IMAGE_PIXELS == 50 and (tmp_path / "a.png").exists()
