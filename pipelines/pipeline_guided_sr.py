@@ -192,27 +192,50 @@ class CallableOperator:
             return torch.autograd.grad(self.function(at), at, measurement)[0]
 
     def is_linear(self, device: torch.device) -> bool:
-        image = torch.linspace(-1, 1, math.prod(self.shape), device=device).reshape(1, *self.shape)
-        once, twice = self.function(image), self.function(-2 * image)
-        return bool((twice + 2 * once).abs().max() <= 1e-3 * once.abs().max())
+        generator = torch.Generator().manual_seed(0)
+        one, other = (torch.randn(1, *self.shape, generator=generator).to(device) for _ in range(2))
+        difference = self.function(one - 2 * other) - self.function(one) + 2 * self.function(other)
+        return bool(difference.abs().max() <= 1e-3 * self.function(one).abs().max())
+
+    def check_dagger(self, device: torch.device) -> None:
+        """Raises `ValueError` unless A A^+ A is A, on an image of noise."""
+        image = torch.randn(1, *self.shape, generator=torch.Generator().manual_seed(0)).to(device)
+        made = self.function(image)
+        try:
+            again = self.function(self.dagger(made))
+            good = bool((again - made).abs().max() <= 1e-2 * made.abs().max())
+        except Exception as error:
+            raise ValueError(f"operator.A_dagger does not take what A makes: {error}") from error
+        if not good:
+            raise ValueError("operator.A_dagger is not the pseudo-inverse of A: expected A A_dagger A x = A x")
 
     def correction(self, residual: torch.Tensor, ridge: float = 0.0) -> torch.Tensor:
         """A^T (A A^T + ridge)^-1 of [B, c, h, w]."""
         if self.dagger is not None and ridge == 0:
             return self.dagger(residual)
-        axes = tuple(range(1, residual.ndim))
+        # What A cannot reach must not be chased: an image is done when its residual is small, when it no longer falls,
+        # or when the direction is one that A A^T hardly changes.
+        axes, tiny = tuple(range(1, residual.ndim)), torch.finfo(residual.dtype).tiny
         solution, left, direction = torch.zeros_like(residual), residual, residual
         size = left.square().sum(axes, keepdim=True)
-        enough = self.TOLERANCE**2 * size
+        enough, strongest, going = self.TOLERANCE**2 * size, torch.zeros_like(size), size > 0
         for _ in range(self.ITERATIONS):
             image = self.function(self.adjoint(direction)) + ridge * direction
-            step = size / (direction * image).sum(axes, keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)
-            step = torch.where(size > enough, step, 0)
-            solution, left = solution + step * direction, left - step * image
-            before, size = size, left.square().sum(axes, keepdim=True)
-            if bool((size <= enough).all()):
+            curvature, length = ((direction * part).sum(axes, keepdim=True) for part in (image, direction))
+            strongest = torch.maximum(strongest, curvature / length.clamp(min=tiny))
+            going = going & (curvature > 1e-5 * strongest * length)
+            step = size / curvature.clamp(min=tiny)
+            after = left - step * image
+            smaller = after.square().sum(axes, keepdim=True)
+            going = going & (smaller < size)
+            solution, left = (
+                torch.where(going, new, old) for new, old in ((solution + step * direction, solution), (after, left))
+            )
+            direction = left + smaller / size.clamp(min=tiny) * direction
+            size = torch.where(going, smaller, size)
+            going = going & (size > enough)
+            if not bool(going.any()):
                 break
-            direction = left + size / before.clamp(min=torch.finfo(size.dtype).tiny) * direction
         return self.adjoint(solution)
 
 
@@ -229,6 +252,7 @@ class WindowedNetwork:
 
     def __init__(self, network: Callable, multiple: int, tile: int | None, overlap: int | None):
         self.network, self.multiple, self.tile, self.overlap = network, multiple, tile, overlap
+        self.laid_out: tuple = (None, [])
 
     def predict(self, sample: torch.Tensor, time: torch.Tensor, keep_graph: bool = False) -> torch.Tensor:
         """The prediction for [B, C, H, W], float32; `pull` needs the graph."""
@@ -237,6 +261,8 @@ class WindowedNetwork:
                 return self._predict(sample, time, keep_graph)
             except RuntimeError as error:
                 self._halve(error, sample)
+            if sample.is_cuda:
+                torch.cuda.empty_cache()
 
     def pull(self, cotangent: torch.Tensor) -> torch.Tensor:
         """The gradient of <cotangent, prediction> to the sample of the last `predict`."""
@@ -246,6 +272,8 @@ class WindowedNetwork:
             except RuntimeError as error:
                 self.output = None
                 self._halve(error, cotangent)
+            if cotangent.is_cuda:
+                torch.cuda.empty_cache()
 
     def _predict(self, sample, time, keep_graph):
         self.time, self.output, (height, width) = time, None, sample.shape[-2:]
@@ -253,16 +281,15 @@ class WindowedNetwork:
         with torch.set_grad_enabled(keep_graph):
             self.sample = sample.detach().requires_grad_(keep_graph)
             self.padded = F.pad(self.sample, (0, right, 0, bottom), mode="reflect") if right or bottom else self.sample
-            self.grid = self._grid(height, width).to(sample.device)
             windows = self._windows()
             if len(windows) == 1:
-                output = self.network(self.padded, time, self.grid)[..., :height, :width]
+                output = self.network(self.padded, time, windows[0][3])[..., :height, :width]
                 self.output = output if keep_graph else None
                 return output.detach()
         blended = torch.zeros_like(self.padded)
-        for rows, columns, weight in windows:
+        for rows, columns, weight, grid in windows:
             piece = self.padded[..., rows, columns].detach()
-            blended[..., rows, columns] += weight * self.network(piece, time, self.grid[..., rows, columns])
+            blended[..., rows, columns] += weight * self.network(piece, time, grid)
         return blended[..., :height, :width]
 
     def _pull(self, cotangent):
@@ -271,10 +298,10 @@ class WindowedNetwork:
         gradient = torch.zeros_like(self.padded)
         right, bottom = (gradient.shape[axis] - cotangent.shape[axis] for axis in (-1, -2))
         cotangent = F.pad(cotangent, (0, right, 0, bottom))
-        for rows, columns, weight in self._windows():
+        for rows, columns, weight, grid in self._windows():
             with torch.enable_grad():
                 piece = self.padded[..., rows, columns].detach().requires_grad_()
-                output = self.network(piece, self.time, self.grid[..., rows, columns])
+                output = self.network(piece, self.time, grid)
             pulled = torch.autograd.grad(output, piece, weight * cotangent[..., rows, columns])[0]
             gradient[..., rows, columns] += pulled
         if self.padded is self.sample:
@@ -290,8 +317,14 @@ class WindowedNetwork:
         return torch.stack(torch.meshgrid(*axes, indexing="ij")).float()[None]
 
     def _windows(self) -> list[tuple]:
-        """(rows, columns, weight [h, w]) of every window; the weights of all sum to 1 at each pixel."""
-        axes = []
+        """(rows, columns, weight [h, w], coordinates [1, 2, h, w]) of each window; a pixel's weights sum to 1."""
+        key = (self.sample.shape[-2:], self.sample.device, self.tile)
+        if self.laid_out[0] != key:
+            self.laid_out = key, self._lay_out()
+        return self.laid_out[1]
+
+    def _lay_out(self) -> list[tuple]:
+        axes, grid = [], self._grid(*self.sample.shape[-2:]).to(self.sample.device)
         for length in self.padded.shape[-2:]:
             side = min(self.tile or length, length)
             count = 1 if side == length else math.ceil((length - self.overlap) / (side - self.overlap))
@@ -306,19 +339,19 @@ class WindowedNetwork:
                 weight[place : place + side] = torch.sin(math.pi / 2 * near) ** 2
             weights = (weights / weights.sum(0)).to(self.padded)
             axes.append([(slice(p, p + side), weight[p : p + side]) for p, weight in zip(places, weights, strict=True)])
-        return [(rows, columns, a[:, None] * b) for rows, a in axes[0] for columns, b in axes[1]]
+        return [
+            (rows, columns, a[:, None] * b, grid[..., rows, columns]) for rows, a in axes[0] for columns, b in axes[1]
+        ]
 
     def _halve(self, error: RuntimeError, image: torch.Tensor) -> None:
         """Halves the windows if memory ran out; raises what else went wrong."""
-        if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
+        if not ("out of memory" in str(error) or "DefaultCPUAllocator" in str(error)):
             raise error
         side = min(self.tile or math.inf, max(image.shape[-2:])) // 2 // self.multiple * self.multiple
         if side < 2 * self.multiple:
             raise error
         self.tile, self.overlap = side, max(side // 4 // self.multiple, 1) * self.multiple
         logger.warning(f"out of memory: the network goes on with windows of {side}x{side}")
-        if image.is_cuda:
-            torch.cuda.empty_cache()
 
 
 class GuidedSRPipeline(DiffusionPipeline):
@@ -341,6 +374,11 @@ class GuidedSRPipeline(DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self._check_scheduler("scheduler", scheduler)
+        kind = scheduler.config.get("prediction_type", "epsilon")
+        if kind not in ("epsilon", "sample", "v_prediction"):
+            raise ValueError(f"scheduler predicts {kind!r}: expected 'epsilon', 'sample' or 'v_prediction'")
+        if unet.config.get("out_channels") not in (None, self._channels()):
+            raise ValueError(f"unet makes {unet.config.out_channels} channels of {self._channels()}: expected as many")
 
     @property
     def num_timesteps(self) -> int:
@@ -413,25 +451,27 @@ class GuidedSRPipeline(DiffusionPipeline):
             scale_factor: Output's sides over input's, 1 or more; they must come out whole. `None`: see `resolutions`.
             resolutions: The levels, low to high, each an int or (height, width), the output's size last; by default
                 that size and its halves down to what is above the input's.
-            refine_steps: Network calls at each level (T_s times the strength): one number, or one a level.
+            refine_steps: Network calls at each level (T_s times the strength): one number, or one a level. A
+                second-order scheduler makes an odd number.
             refine_strength: Share in (0, 1] of the noise process that a level starts from (Delta t_s). Inpainting of
                 more than specks wants 1.
             spacing: How the steps of a level are placed: as the scheduler does, or uniformly in log-SNR.
             guidance: How each clean estimate x0 is drawn to images with A x0 = y, the input:
                 "projection": x0 + A^+ (y - A x0), no gradient (DDNM's and ILVR's family);
-                "gradient": x0 + J^T A^+ (y - A x0) / sqrt(alpha_bar), J = dx0/dx_t (eq. 9, weighted by (A A^T)^-1 as in
-                PiGDM: by Tweedie's formula it needs no scale). About two network calls a step;
+                "gradient": x0 + J^T A^+ (y - A x0) / sqrt(alpha_bar), J = dx0/dx_t without the clipping (eq. 9,
+                weighted by (A A^T)^-1 as in PiGDM: E[x0 | x_t, y] if x0 given x_t had the variance 1 - alpha_bar, so it
+                needs no scale). A step costs about two network calls, three in windows;
                 "paper": x_{t-1} - scale * grad |A x0 - y|^2, as eq. 10 is printed;
                 "none": the input is but the start.
             guidance_scale: The scale (lambda) of "paper".
-            guidance_every: Guides every n-th step only, the last one among them.
-            operator: How the input came from an image of a level's size. A name of `SeparableOperator.named`; an object
-                with `A`, and `A_dagger` if it knows its pseudo-inverse; or a function [B, C, H, W] -> [B, c, h, w]
-                that torch can differentiate, linear unless guidance is "paper".
+            guidance_every: Guides every n-th network call only, the last one among them.
+            operator: How the input came from an image of a level's size, both in [0, 1]. A name of
+                `SeparableOperator.named`; an object with `A`, and `A_dagger` if it knows its pseudo-inverse; or a
+                function [B, C, H, W] -> [B, c, h, w] that torch can differentiate, linear unless guidance is "paper".
             mask: [h, w], 1 where the input is known, 0 where it is not, for inpainting; after the operator.
             noise_std: Standard deviation of the noise in the input, in its [0, 1] range.
-            hard_consistency: Whether to project the output once more, so that the operator turns it into the input up
-                to rounding. Not together with `noise_std`.
+            hard_consistency: Whether to project the output until the operator turns it into the input up to rounding,
+                as far as images in [0, 1] can; it is then clipped in every form. Not together with `noise_std`.
             clip_sample: Whether each clean estimate is kept in [-1, 1], before it is guided.
             tile: Side of the square windows that the network sees, for images that do not fit as a whole. The noise and
                 the guidance are of the whole image and the windows blend in every step. Halved when memory runs out.
@@ -462,8 +502,9 @@ class GuidedSRPipeline(DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs={list(callback_on_step_end_tensor_inputs)}: expected a subset of "
                 f"{self._callback_tensor_inputs}"
             )
-        operators = [self._operator(operator, mask, level.size, measured, guidance, noise_std) for level in plan]
+        operators = [self._operator(operator, mask, level.size, measured, guidance, hard_consistency) for level in plan]
         scheduler, latents, levels, step_count = self._unclipped_scheduler(), None, [], 0
+        self._check_steps(scheduler, plan, strengths, spacing, guidance)
         network = WindowedNetwork(self._network, self._size_multiple(), *self._tiling(tile, tile_overlap))
         self._interrupt, self._num_timesteps = False, sum(len(level.timesteps) for level in plan)
         if mask is not None:
@@ -509,11 +550,7 @@ class GuidedSRPipeline(DiffusionPipeline):
                         # Eq. 9: the clean estimate, for every kind of prediction c0 * sample + c1 * output.
                         output = network.predict(sample, network_time, keep_graph=guide in ("gradient", "paper"))
                         signal, noise_level = self._signal_and_noise(scheduler, timestep)
-                        c0, c1 = {
-                            "epsilon": (1 / signal, -noise_level / signal),
-                            "sample": (0.0, 1.0),
-                            "v_prediction": (signal, -noise_level),
-                        }[scheduler.config.prediction_type]
+                        c0, c1 = self._clean_from(scheduler, signal, noise_level)
                         clean = c0 * sample + c1 * output
                         if clip_sample:
                             clean = clean.clamp(-1, 1)
@@ -551,8 +588,19 @@ class GuidedSRPipeline(DiffusionPipeline):
 
         # 4. From [-1, 1] to what was asked for.
         if hard_consistency:
-            for _ in range(10):  # between the images that fit the input and those in [-1, 1]
-                latents = (latents + 2 * degrade.correction(measured - degrade.A(latents / 2 + 0.5))).clamp(-1, 1)
+            for _ in range(100):  # between the images that fit the input and those in [-1, 1]
+                latents = latents.clamp(-1, 1)
+                residual = measured - degrade.A(latents / 2 + 0.5)
+                if bool(residual.abs().max() < 0.25 / 255):
+                    break
+                latents = latents + 2 * degrade.correction(residual)
+            else:
+                logger.warning(
+                    f"hard_consistency: {255 * residual.abs().max().item():.1f}/255 is left; see `consistency`"
+                )
+            latents = latents.clamp(-1, 1)
+            if return_levels:
+                levels[-1] = self._to_output(latents, latents.shape[-2:], output_type)
         difference = (degrade.A(latents.clamp(-1, 1) / 2 + 0.5) - measured).abs()
         if mask is not None:
             difference = difference * mask.to(difference) / mask.to(difference).mean()
@@ -567,7 +615,7 @@ class GuidedSRPipeline(DiffusionPipeline):
     def _network(self, sample: torch.Tensor, time: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
         where = {}
         if "coordinates" in inspect.signature(self._plain(self.unet).forward).parameters:
-            where["coordinates"] = coordinates.expand(len(sample), -1, -1, -1)
+            where["coordinates"] = coordinates
         return self.unet(sample.to(self.unet.dtype), time, **where, return_dict=False)[0].float()
 
     def _channels(self) -> int:
@@ -583,12 +631,47 @@ class GuidedSRPipeline(DiffusionPipeline):
         """a and s of x_t = a x_0 + s noise, as the network sees it."""
         one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
         pairs = (scheduler.add_noise(*pair, timestep.reshape(1)) for pair in ((one, zero), (zero, one)))
-        return tuple(scheduler.scale_model_input(value, timestep).item() for value in pairs)
+        signal, noise_level = (scheduler.scale_model_input(value, timestep).item() for value in pairs)
+        if abs(signal**2 + noise_level**2 - 1) > 0.01:
+            raise ValueError(
+                f"{type(scheduler).__name__} does not say which noise level its steps are at: expected another"
+            )
+        return signal, noise_level
+
+    @staticmethod
+    def _clean_from(scheduler, signal: float, noise_level: float) -> tuple[float, float]:
+        """c0 and c1, so that the clean estimate is c0 * sample + c1 * output (eq. 9)."""
+        kind = scheduler.config.get("prediction_type", "epsilon")
+        if kind == "sample":
+            return 0.0, 1.0
+        return (signal, -noise_level) if kind == "v_prediction" else (1 / signal, -noise_level / signal)
+
+    def _check_steps(self, scheduler, plan, strengths, spacing, guidance) -> None:
+        """Refuses what the scheduler cannot do, before the network runs."""
+        name = type(scheduler).__name__
+        if guidance == "paper" and (
+            scheduler.order != 1 or scheduler.init_noise_sigma != 1 or "disable_corrector" in scheduler.config
+        ):
+            raise ValueError(
+                f"guidance='paper' with {name}: expected a first-order scheduler on the scale of the noise process "
+                "that keeps no corrector, such as DDPMScheduler or DDIMScheduler; eq. 10 changes the result of its step"
+            )
+        divides = guidance == "gradient" or scheduler.config.get("prediction_type", "epsilon") == "epsilon"
+        for level, strength in zip(plan, strengths, strict=True):
+            times = self._set_timesteps(scheduler, 1, len(level.timesteps), strength, spacing)
+            one, zero = torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1, 1)
+            signal, noise = (scheduler.add_noise(*pair, times[:1]).item() for pair in ((one, zero), (zero, one)))
+            if divides and signal < 1e-3 * noise:
+                raise ValueError(
+                    f"refine_strength={strength}: nothing of the image is left at time {float(times[0]):g} of {name}; "
+                    "expected less, or a network that predicts v, guided by projection"
+                )
 
     def _measured(self, image, operator, noise_std) -> torch.Tensor:
         """The input as float [B, C, h, w] in [0, 1]."""
         if isinstance(image, (list, tuple)):
-            if not image or len({type(each) for each in image}) > 1:
+            kinds = (PIL.Image.Image, np.ndarray, torch.Tensor)
+            if not image or not any(all(isinstance(each, kind) for each in image) for kind in kinds):
                 raise ValueError("image: expected a list of images of one kind, PIL, numpy or torch")
             parts = [self._measured(each, operator, noise_std) for each in image]
             if len({part.shape for part in parts}) > 1:
@@ -603,7 +686,9 @@ class GuidedSRPipeline(DiffusionPipeline):
             image = np.array(image, dtype=np.float32) / 255
             image = image[..., None] if image.ndim == 2 else image
         if isinstance(image, np.ndarray):
-            image = torch.from_numpy(image).movedim(-1, -3) if image.ndim in (3, 4) else torch.from_numpy(image)
+            if image.ndim not in (3, 4) or image.dtype.kind != "f":
+                raise ValueError(f"image: got {image.dtype} {list(image.shape)}; expected float [B, H, W, C] in [0, 1]")
+            image = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, -3)
         if not isinstance(image, torch.Tensor):
             raise ValueError(f"image of type {type(image).__name__}: expected PIL, numpy or torch, or a list of them")
         image = image[None] if image.ndim == 3 else image
@@ -618,7 +703,7 @@ class GuidedSRPipeline(DiffusionPipeline):
             raise ValueError(f"image has values from {low:.3g} to {high:.3g}: expected [0, 1]")
         return image
 
-    def _operator(self, operator, mask, size, measured, guidance, noise_std):
+    def _operator(self, operator, mask, size, measured, guidance, hard_consistency):
         """The operator from a level's size to the input's."""
         shape, small = (self._channels(), *size), tuple(measured.shape[-2:])
         if isinstance(operator, str):
@@ -635,17 +720,25 @@ class GuidedSRPipeline(DiffusionPipeline):
         if isinstance(built, CallableOperator):
             try:
                 made = tuple(built.A(torch.zeros(1, *shape, device=device)).shape[1:])
-            except RuntimeError as error:
+            except Exception as error:
                 raise ValueError(f"operator does not take an image of {size[0]}x{size[1]}: {error}") from error
             if made != tuple(measured.shape[1:]):
                 raise ValueError(
                     f"operator makes {list(made)} of an image [C, H, W] = {list(shape)}: expected "
                     f"{list(measured.shape[1:])}, as the input (`resolutions` sets the levels)"
                 )
-            if guidance in ("projection", "gradient") and not built.is_linear(device):
-                raise ValueError(f"operator is not linear: expected one, or guidance='paper' instead of {guidance!r}")
+            inverted = guidance in ("projection", "gradient") or hard_consistency or mask is not None
+            if (inverted or measured.shape[1] != shape[0]) and not built.is_linear(device):
+                raise ValueError(
+                    "operator is not linear: expected one, or guidance='paper' without mask and hard_consistency, and "
+                    "an input with the network's channels"
+                )
+            if built.dagger is not None:
+                built.check_dagger(device)
         if mask is None:
             return built
+        if not isinstance(mask, torch.Tensor):
+            raise ValueError(f"mask of type {type(mask).__name__}: expected a tensor {list(small)} of zeros and ones")
         if tuple(mask.shape) != small or not bool(((mask == 0) | (mask == 1)).all()) or not bool(mask.any()):
             raise ValueError(
                 f"mask of shape {list(mask.shape)}: expected zeros and ones of {list(small)}, as the input"
@@ -664,8 +757,10 @@ class GuidedSRPipeline(DiffusionPipeline):
             raise ValueError(f"tile={tile}: expected a multiple of {multiple} from {2 * multiple} up, for this network")
         if overlap is None:
             overlap = max(tile // 4 // multiple, 1) * multiple
-        if isinstance(overlap, bool) or not isinstance(overlap, int) or not multiple <= overlap <= tile - multiple:
-            raise ValueError(f"tile_overlap={overlap}: expected {multiple} to {tile - multiple}, for tile={tile}")
+        if not isinstance(overlap, int) or not multiple <= overlap <= tile - multiple or overlap % multiple:
+            raise ValueError(
+                f"tile_overlap={overlap}: expected a multiple of {multiple} up to {tile - multiple}, for tile={tile}"
+            )
         return tile, overlap
 
     def _check_inputs(
@@ -677,10 +772,14 @@ class GuidedSRPipeline(DiffusionPipeline):
             raise ValueError(f"guidance_scale={scale}: expected a number from 0 up")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"guidance_every={every}: expected a whole number from 1 up")
-        if not 0 <= noise_std < 1:
+        if not isinstance(noise_std, (int, float)) or not 0 <= noise_std < 1:
             raise ValueError(f"noise_std={noise_std}: expected a number in [0, 1)")
         if hard_consistency and noise_std:
             raise ValueError(f"hard_consistency with noise_std={noise_std}: expected one, since noise would be copied")
+        if not (generator is None or isinstance(generator, (torch.Generator, list))):
+            raise ValueError(
+                f"generator of type {type(generator).__name__}: expected a torch.Generator or a list of them"
+            )
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(f"generator has {len(generator)} entries: expected one, or one for each of {batch_size}")
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -695,7 +794,7 @@ class GuidedSRPipeline(DiffusionPipeline):
 
     def _level_sizes(self, small: tuple[int, int], scale_factor, resolutions) -> list[tuple[int, int]]:
         """The levels as (height, width), from above the input's size to the output's."""
-        if resolutions is not None and (isinstance(resolutions, int) or len(resolutions) == 0):
+        if resolutions is not None and (not isinstance(resolutions, (list, tuple)) or len(resolutions) == 0):
             raise ValueError(f"resolutions={resolutions}: expected a list of sizes, low to high, the output's last")
         sizes = None if resolutions is None else [self._pair("resolutions", size) for size in resolutions]
         if scale_factor is None:
@@ -703,7 +802,7 @@ class GuidedSRPipeline(DiffusionPipeline):
                 raise ValueError("scale_factor=None: expected resolutions then, with the output's size last")
             target = sizes[-1]
         else:
-            if not math.isfinite(scale_factor) or scale_factor < 1:
+            if not isinstance(scale_factor, (int, float)) or not math.isfinite(scale_factor) or scale_factor < 1:
                 raise ValueError(f"scale_factor={scale_factor}: expected a number from 1 up")
             exact = [side * scale_factor for side in small]
             target = tuple(round(side) for side in exact)

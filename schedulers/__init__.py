@@ -1,3 +1,5 @@
 """Schedulers: custom diffusers schedulers, each file usable on its own."""
 
-__all__: list[str] = []
+from .scheduling_cosine_residual import CosineResidualScheduler
+
+__all__ = ["CosineResidualScheduler"]

@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CoordinateUNet2DModel": "pyrdiff.models",
+    "CosineResidualScheduler": "pyrdiff.schedulers",
     "GuidedSRPipeline": "pyrdiff.pipelines",
     "PyramidalPipeline": "pyrdiff.pipelines",
     "load": "pyrdiff.hub",
