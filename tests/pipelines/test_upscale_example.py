@@ -370,7 +370,11 @@ def test_an_interrupted_run_leaves_no_partial_file(run, tmp_path, monkeypatch, n
         whole(image, file, *args, **options)
 
     monkeypatch.setattr(Image.Image, "save", slow)
-    stopped, _, report = run(tmp_path / "in", tmp_path / "out")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        stopped, _, report = run(tmp_path / "in", tmp_path / "out")
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert seen == [f".b.png.writing-{os.getpid()}", "a.png"]
     assert stopped == code and files(tmp_path / "out") == ["a.png", "report.json"]
     assert Image.open(tmp_path / "out/a.png").size == (20, 24)
