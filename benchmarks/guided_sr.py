@@ -96,7 +96,7 @@ def measure(options) -> dict:
     import torch.nn.functional as F
 
     import pyrdiff
-    from pyrdiff.metrics import bootstrap_interval, consistency, lpips, psnr, ssim
+    from pyrdiff.metrics import bootstrap_interval, lpips, psnr, ssim
     from pyrdiff.pipelines.pipeline_guided_sr import SeparableOperator
 
     torch.set_num_threads(options.threads)
@@ -166,9 +166,6 @@ def measure(options) -> dict:
                 bootstrap_interval(lambda v: v.mean().item(), each["lpips"][:, None], resamples=1000, level=0.95)
             ),
             "consistency_255": 255 * (operator.A(images) - measured[:count]).abs().mean().item(),
-            "consistency_sr3": consistency(images, measured[:count], **known).value
-            if options.operator == "area"
-            else None,
             "nfe_eq": calls,
             "gradient": settings.get("guidance") in ("gradient", "paper") or arm["kind"] == "dps",
             "seconds_an_image": seconds,
