@@ -107,7 +107,7 @@ class OurLoop:
         )
         images = ImageLevels.build(options.train_data_dir, settings.sizes)
         batches = MultiScaleBatches(images, options.batch_size, random_flip=True)
-        network, scheduler = METHOD.model(settings, 3), METHOD.scheduler(settings)
+        network, scheduler = METHOD.model(settings, 3), METHOD.scheduler(settings, images)
         pipeline = METHOD.pipeline(settings, network, scheduler, images)
         accelerator = Accelerator(mixed_precision=options.mixed_precision)
         parts = (METHOD, settings, accelerator, Path(folder), images, batches, network, scheduler, pipeline)

@@ -25,6 +25,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
+GUIDED, TRAINED = ("guidance", "operator", "refine_steps"), ("plan", "num_inference_steps", "color_fix")  # flags
 OPERATORS = ("bicubic", "bicubic_matlab", "area", "lanczos", "gaussian")
 EXTENSIONS = ("auto", "png", "jpg", "webp", "tif")
 
@@ -41,9 +42,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--ext", default="auto", choices=EXTENSIONS, help="auto: as the input")
     parser.add_argument("--skip_existing", action="store_true", help="leave out what has its result already")
     parser.add_argument("--keep_going", action="store_true", help="go on after a failure")
-    parser.add_argument("--guidance", default="projection", choices=("projection", "gradient", "none"))
-    parser.add_argument("--operator", default="bicubic", choices=OPERATORS, help="how the input was made smaller")
-    parser.add_argument("--refine_steps", type=int, default=8, help="network calls at each level (8)")
+    guided = parser.add_argument_group("models trained to generate (train_pddpm.py)")
+    guided.add_argument("--guidance", choices=("projection", "gradient", "none"), help="by default projection")
+    guided.add_argument("--operator", choices=OPERATORS, help="how the input was made smaller; by default bicubic")
+    guided.add_argument("--refine_steps", type=int, help="network calls at each level; by default 8")
+    trained = parser.add_argument_group("models trained to enlarge (train_sr.py)")
+    trained.add_argument("--plan", help="a plan of the model by its name, by default the one that it calls default")
+    trained.add_argument("--num_inference_steps", type=int, help="network calls, instead of a plan")
+    trained.add_argument("--color_fix", action="store_true", help="give each channel the input's mean")
     parser.add_argument("--hard_consistency", action="store_true", help="made smaller, the output gives the input")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", help="by default the GPU if there is one")
@@ -59,8 +65,13 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--tile: got {options.tile}; accepted is 1 or more")
     if options.tile_pad is not None and not (options.tile and 0 < options.tile_pad < options.tile):
         raise ValueError(f"--tile_pad: got {options.tile_pad}; accepted with --tile is 1 or more, less than --tile")
-    if options.refine_steps < 1:
-        raise ValueError(f"--refine_steps: got {options.refine_steps}; accepted is 1 or more")
+    for name in ("refine_steps", "num_inference_steps"):
+        if getattr(options, name) is not None and getattr(options, name) < 1:
+            raise ValueError(f"--{name}: got {getattr(options, name)}; accepted is 1 or more")
+    if options.plan and options.num_inference_steps:
+        raise ValueError(
+            f"--num_inference_steps: got {options.num_inference_steps} with --plan; accepted is one of them"
+        )
     if set(options.suffix) & {"/", os.sep, "\0"}:
         raise ValueError(f"--suffix: got {options.suffix!r}; accepted is a part of a file name")
     if not os.path.exists(options.input):
@@ -120,7 +131,7 @@ def same_file(source: Path, target: Path) -> bool:
 
 
 def load(options: argparse.Namespace):
-    """The pipeline, on the device."""
+    """The pipeline, on the device; of a model that was trained to generate, the one that guides it."""
     import torch
     from diffusers.utils import logging
 
@@ -132,7 +143,23 @@ def load(options: argparse.Namespace):
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device: got {options.device!r}: {one_line(error)}") from error
     logging.disable_progress_bar()
-    pipeline = pyrdiff.load(options.model, pipeline_class="GuidedSRPipeline").to(device)
+    pipeline = pyrdiff.load(options.model)
+    trained = isinstance(pipeline, pyrdiff.ResidualSRPipeline)
+    if not trained:
+        pipeline = pyrdiff.GuidedSRPipeline(pipeline.unet, pipeline.scheduler)
+    for name in GUIDED if trained else TRAINED:
+        if getattr(options, name):
+            kind = "enlarge (train_sr.py)" if trained else "generate (train_pddpm.py)"
+            raise ValueError(
+                f"--{name}: got {getattr(options, name)!r}; accepted is nothing for a model trained to {kind}"
+            )
+    if trained:
+        factors = pipeline.unet.config.scale_factors
+        if options.outscale not in (factors or [round(options.outscale)]):
+            accepted = f"one of {list(factors)}" if factors else "a whole number"
+            raise ValueError(f"--outscale: got {options.outscale:g}; accepted for this model is {accepted}")
+        pipeline.cost(64, int(options.outscale), options.num_inference_steps, plan=options.plan)  # checks the plan
+    pipeline = pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     channels = pipeline.unet.config.in_channels
     if channels not in (1, 3):
@@ -145,15 +172,17 @@ def enlarge(pipeline, picture, seed: int, options: argparse.Namespace):
     import torch
     from PIL import Image
 
+    import pyrdiff
+
     gray, channels = picture.color.mode == "L", pipeline.unet.config.in_channels
     if channels == 1 and not gray:
         raise ValueError("a colour image: expected a gray one, for this model of one channel")
+    trained = isinstance(pipeline, pyrdiff.ResidualSRPipeline)
+    given = {name: getattr(options, name) for name in (TRAINED if trained else GUIDED) if getattr(options, name)}
     output = pipeline(
         picture.color if channels == 1 else picture.color.convert("RGB"),
-        scale_factor=options.outscale,
-        refine_steps=options.refine_steps,
-        guidance=options.guidance,
-        operator=options.operator,
+        scale_factor=int(options.outscale) if trained else options.outscale,
+        **given,
         hard_consistency=options.hard_consistency,
         tile=options.tile,
         tile_overlap=options.tile_pad,

@@ -7,5 +7,6 @@ if __name__ == "pyrdiff.pipelines":
 
 from .pipeline_guided_sr import GuidedSRPipeline
 from .pipeline_pyramidal import PyramidalPipeline
+from .pipeline_residual_sr import ResidualSRPipeline
 
-__all__ = ["GuidedSRPipeline", "PyramidalPipeline"]
+__all__ = ["GuidedSRPipeline", "PyramidalPipeline", "ResidualSRPipeline"]

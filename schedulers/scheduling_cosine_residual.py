@@ -109,6 +109,7 @@ class CosineResidualScheduler(SchedulerMixin, ConfigMixin):
             ],
         )
         self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0)
+        self._gammas = torch.cat([torch.ones(1), self.alphas_cumprod])  # from timestep -1 up
         self.init_noise_sigma = 1.0
         self.num_inference_steps = None
         self.timesteps = torch.arange(len(self.betas) - 1, -1, -1)
@@ -175,7 +176,9 @@ class CosineResidualScheduler(SchedulerMixin, ConfigMixin):
         timesteps = torch.as_tensor(timesteps)
         if timesteps.device.type == "cpu" and not ((timesteps >= -1) & (timesteps < len(self))).all():
             raise ValueError(f"timesteps={timesteps.tolist()}: expected whole numbers from -1 to {len(self) - 1}")
-        return torch.cat([torch.ones(1), self.alphas_cumprod]).to(timesteps.device)[timesteps.long() + 1]
+        if self._gammas.device != timesteps.device:  # kept where it is used, so that a training step waits for no GPU
+            self._gammas = self._gammas.to(timesteps.device)
+        return self._gammas[timesteps.long() + 1]
 
     def sample_noise_level(self, timesteps: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Noise levels for training, float32 [B], each uniform between those of its timestep and the one before it."""

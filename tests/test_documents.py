@@ -17,12 +17,16 @@ def test_the_tables_are_printed_from_the_results():
 
 def test_the_readme_names_flags_files_and_names_that_exist():
     from pyrdiff.methods.pddpm import PyramidalSettings
+    from pyrdiff.methods.sr import SuperResolutionSettings
     from pyrdiff.training.method import methods
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    training = text[text.index("## Train") : text.index("## Sample")]
-    flags = set(re.findall(r"--([a-z_]+)", training)) - {"help"}
-    assert flags and flags <= set(PyramidalSettings.__dataclass_fields__)
+    for begin, end, settings in (
+        ("## Train on", "## Sample", PyramidalSettings),
+        ("## Train to enlarge", "## Know", SuperResolutionSettings),
+    ):
+        flags = set(re.findall(r"--([a-z_0-9]+)", text[text.index(begin) : text.index(end)])) - {"help"}
+        assert flags and flags <= set(settings.__dataclass_fields__)
     for path in re.findall(r"(?:examples|benchmarks)/[\w.]+", text):
         assert (ROOT / path).exists(), path
     for method in methods().values():

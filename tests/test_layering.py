@@ -16,7 +16,7 @@ ROOMS = {
     "metrics": {"metrics", "data"},
     "plan": {"plan", "data"},
     "training": {"training", "data", "models", "schedulers", "pipelines", "hub"},
-    "methods": {"methods", "training", "data", "models", "schedulers", "pipelines", "plan"},
+    "methods": {"methods", "training", "data", "models", "schedulers", "pipelines", "plan", "metrics"},
     "hub.py": {"pipelines", "models", "schedulers"},
 }
 

@@ -12,6 +12,8 @@ _HOMES = {
     "CosineResidualScheduler": "pyrdiff.schedulers",
     "GuidedSRPipeline": "pyrdiff.pipelines",
     "PyramidalPipeline": "pyrdiff.pipelines",
+    "ResidualSRPipeline": "pyrdiff.pipelines",
+    "ResidualSRUNet2DModel": "pyrdiff.models",
     "load": "pyrdiff.hub",
     "data": "pyrdiff.data",
     "hub": "pyrdiff.hub",

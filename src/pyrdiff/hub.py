@@ -26,7 +26,7 @@ CARD = """
 from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("PATH_OR_REPO", trust_remote_code=True)
-images = pipeline(batch_size=4).images
+{call}
 ```
 
 `trust_remote_code` is needed because the folder carries the pipeline's own code. Where pyrdiff is installed, none of it
@@ -71,9 +71,14 @@ def export(
     shutil.rmtree(beside, ignore_errors=True)
     try:
         pipeline.save_pretrained(beside, safe_serialization=True, max_shard_size=max_shard_size)
-        data = ModelCardData(library_name="diffusers", pipeline_tag="unconditional-image-generation", license=license)
+        enlarges = "image" in inspect.signature(pipeline.__call__).parameters
+        task = "image-to-image" if enlarges else "unconditional-image-generation"
+        call = "larger = pipeline(image).images[0]" if enlarges else "images = pipeline(batch_size=4).images"
+        data = ModelCardData(library_name="diffusers", pipeline_tag=task, license=license)
         data.tags = ["pyrdiff", type(pipeline).__name__]
-        card = ModelCard(f"---\n{data.to_yaml()}\n---\n" + CARD.format(title=folder.name, description=description))
+        card = ModelCard(
+            f"---\n{data.to_yaml()}\n---\n" + CARD.format(title=folder.name, description=description, call=call)
+        )
         card.save(beside / "README.md")
         _verify(pipeline, beside)
         if folder.exists():

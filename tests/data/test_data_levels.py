@@ -11,6 +11,7 @@ from PIL import Image
 
 from pyrdiff.data import ImageLevels, fit_image, open_source
 from pyrdiff.data import levels as levels_module
+from pyrdiff.data.sources import ImageSource, Some
 
 
 def noise(count: int = 5, height: int = 32, width: int = 32, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -230,3 +231,57 @@ def test_arrays_must_fit():
         ImageLevels([16], [noise()], list("abcde"))
     with pytest.raises(ValueError, match="^arrays: got float64"):
         ImageLevels([32], [noise().astype(float)], list("abcde"))
+
+
+# Images that would be enlarged.
+
+
+def test_a_small_image_is_a_bad_image_where_enlarging_is_not_allowed(folder, caplog):
+    Image.fromarray(noise(1, 32, 31)[0]).save(folder / "b.png")
+    Image.fromarray(noise(1, 31, 40)[0]).save(folder / "sub" / "e.png")
+    Image.fromarray(noise(1, 40, 33)[0]).save(folder / "f.png")
+    with pytest.raises(ValueError, match=r"bad image .*b.png: 32x31 pixels, smaller than 32x32 .*on_bad_image='skip'"):
+        ImageLevels.build(folder, [8, 32], allow_enlarging=False)
+    with caplog.at_level(logging.WARNING):
+        levels = ImageLevels.build(folder, [8, 32], on_bad_image="skip", allow_enlarging=False)
+    assert [Path(name).name for name in levels.names] == ["a.png", "c.png", "f.png", "d.png"]
+    assert [(Path(name).name, reason) for name, reason in levels.bad] == [
+        ("b.png", "32x31 pixels, smaller than 32x32"),
+        ("e.png", "31x40 pixels, smaller than 32x32"),
+    ]
+    assert [record.message for record in caplog.records] == [f"skipped {name}: {reason}" for name, reason in levels.bad]
+    assert levels.enlarged == 0
+    allowed = ImageLevels.build(folder, [8, 32])
+    assert len(allowed) == 6 and allowed.enlarged == 2 and allowed.bad == []
+    with pytest.raises(ValueError, match="none of its 5 images.*32x32 pixels, smaller than 32x33"):
+        ImageLevels.build(noise(), [(32, 33)], on_bad_image="skip", allow_enlarging=False)
+
+
+def test_the_cache_of_one_setting_is_not_used_for_the_other(folder, tmp_path, monkeypatch):
+    Image.fromarray(noise(1, 16, 16)[0]).save(folder / "b.png")
+    options = {"sizes": [8, 32], "on_bad_image": "skip", "cache_dir": tmp_path / "cache"}
+    decoded = count_decoding(monkeypatch)
+    for _ in range(2):
+        assert len(ImageLevels.build(folder, **options)) == 4 and len(decoded) == 4
+    for _ in range(2):
+        refusing = ImageLevels.build(folder, **options, allow_enlarging=False)
+        assert len(refusing) == 3 and len(decoded) == 8
+        assert [Path(name).name for name, _ in refusing.bad] == ["b.png"]
+    with pytest.raises(ValueError, match="b.png: 16x16 pixels"):
+        ImageLevels.build(folder, **options | {"on_bad_image": "stop"}, allow_enlarging=False)
+    assert len(decoded) == 8
+
+
+# Some images of a source.
+
+
+def test_some_images_of_a_source(folder):
+    source, images = open_source(folder), noise(3)
+    some = Some(source, [2, 0])
+    assert isinstance(some, ImageSource) and len(some) == 2
+    levels = ImageLevels.build(some, [32])
+    assert levels.names == some.names == [source.names[2], source.names[0]]
+    assert np.array_equal(levels.arrays[0], images[[2, 0]])
+    keys = [Some(source, chosen).key() for chosen in ([2, 0], [0, 2], range(2))] + [source.key()]
+    assert all(one != other for index, one in enumerate(keys) for other in keys[:index])
+    assert Some(source, range(2)).key() == Some(open_source(folder), (0, 1)).key() == json.loads(json.dumps(keys[2]))

@@ -18,7 +18,14 @@ from diffusers import DDPMScheduler
 from PIL import Image, ImageCms
 
 import pyrdiff
-from pyrdiff import CoordinateUNet2DModel, PyramidalPipeline, hub
+from pyrdiff import (
+    CoordinateUNet2DModel,
+    CosineResidualScheduler,
+    PyramidalPipeline,
+    ResidualSRPipeline,
+    ResidualSRUNet2DModel,
+    hub,
+)
 from pyrdiff.pipelines.pipeline_guided_sr import SeparableOperator
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "upscale.py"
@@ -26,8 +33,8 @@ PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[int, Path]:
-    """Exports of untrained networks, gray and colour."""
+def models(tmp_path_factory) -> dict[int | str, Path]:
+    """Exports of untrained networks: gray and colour, made to generate, and one made to enlarge."""
     folders = {}
     for channels in (1, 3):
         torch.manual_seed(0)
@@ -42,6 +49,12 @@ def models(tmp_path_factory) -> dict[int, Path]:
         )
         folder = tmp_path_factory.mktemp("models") / str(channels)
         folders[channels] = hub.export(PyramidalPipeline(unet, DDPMScheduler()), folder)
+    unet = ResidualSRUNet2DModel(
+        block_out_channels=(8, 8), norm_num_groups=4, attention_head_dim=8, scale_factors=(2, 3)
+    )  # fmt: skip
+    plans = {"default": {"num_inference_steps": 3}, "short": {"num_inference_steps": 2, "eta": 0.0}}
+    pipeline = ResidualSRPipeline(unet, CosineResidualScheduler(100), plans)
+    folders["sr"] = hub.export(pipeline, tmp_path_factory.mktemp("models") / "sr")
     return folders
 
 
@@ -50,8 +63,9 @@ def run(monkeypatch, capsys, models):
     """Runs the script with flags: its exit code, the lines of stderr that are errors, and the report."""
     before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the script's own handler is to replace this one
 
-    def call(source, output, *flags, channels=3) -> tuple[int, list[str], dict | None]:
-        flags = ["--model", models[channels], "--input", source, "--output", output, "--refine_steps", 2, *flags]
+    def call(source, output, *flags, channels: int | str = 3) -> tuple[int, list[str], dict | None]:
+        few = [] if channels == "sr" else ["--refine_steps", 2]
+        flags = ["--model", models[channels], "--input", source, "--output", output, *few, *flags]
         monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, flags)])
         with pytest.raises(SystemExit) as stopped:
             runpy.run_path(str(SCRIPT), run_name="__main__")
@@ -308,6 +322,35 @@ def test_a_gray_model(run, tmp_path):
     code, lines, report = run(tmp_path / "in", tmp_path / "out", "--keep_going", channels=1)
     assert code == 1 and lines == ["error: b.png: a colour image: expected a gray one, for this model of one channel"]
     assert report["files"][0]["notes"] == [] and Image.open(tmp_path / "out/a.png").mode == "L"
+
+
+def test_a_model_made_to_enlarge(run, tmp_path, models):
+    source = save(noise("RGBA"), tmp_path / "in/a.png")
+    flags = ["--outscale", 3, "--plan", "short", "--color_fix", "--hard_consistency", "--tile", 8, "--seed", 5]
+    code, lines, report = run(source.parent, tmp_path / "out", *flags, channels="sr")
+    assert (code, lines) == (0, [])
+    pipeline = pyrdiff.load(models["sr"])
+    pipeline.set_progress_bar_config(disable=True)
+    expected = pipeline(
+        noise("RGBA").convert("RGB"), 3, plan="short", color_fix=True, hard_consistency=True, tile=8,
+        generator=torch.Generator().manual_seed(report["files"][0]["seed"]),
+    ).images[0]  # fmt: skip
+    given = Image.open(tmp_path / "out/a.png")
+    assert given.mode == "RGBA" and given.size == expected.size == (15, 18)
+    assert np.abs(np.asarray(given)[..., :3].astype(int) - np.asarray(expected)).max() <= 1
+
+
+@pytest.mark.parametrize("flags, said, channels", [
+    (["--outscale", 4], "--outscale: got 4; accepted for this model is one of [2, 3]", "sr"),
+    (["--outscale", 2, "--refine_steps", 2], "--refine_steps: got 2; accepted is nothing for a model", "sr"),
+    (["--outscale", 2, "--plan", "long"], "plan='long'", "sr"),
+    (["--outscale", 2, "--plan", "short", "--num_inference_steps", 2], "--num_inference_steps: got 2 with", "sr"),
+    (["--plan", "short"], "--plan: got 'short'; accepted is nothing for a model trained to generate", 3),
+])  # fmt: skip
+def test_flags_of_the_other_kind_of_model(run, tmp_path, flags, said, channels):
+    save(noise(), tmp_path / "in/a.png")
+    code, lines, report = run(tmp_path / "in", tmp_path / "out", *flags, channels=channels)
+    assert (code, len(lines), report) == (2, 1, None) and said in lines[0], lines
 
 
 @pytest.mark.parametrize("flags, said", [

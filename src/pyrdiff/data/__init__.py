@@ -1,7 +1,9 @@
-"""Training data: reading images, levels of resolution, multi-scale batches, the embedded letters, detail spectra.
-Also image files that are read to be worked on and written back with what they carry."""
+"""Training data: reading images, levels of resolution, multi-scale batches, the embedded letters, detail spectra,
+low-resolution images made of high-resolution ones. Also image files that are read to be worked on and written back with
+what they carry."""
 
 from .batches import Batch, MultiScaleBatches
+from .degradations import degrade, shrink
 from .files import Picture, check_saving, open_picture, replacing, save_picture
 from .glyphs import draw_glyphs
 from .images import BadImageError, decode_image, fit_image, list_images
@@ -19,6 +21,7 @@ __all__ = [
     "Picture",
     "check_saving",
     "decode_image",
+    "degrade",
     "detail_spectra",
     "draw_glyphs",
     "fit_image",
@@ -30,4 +33,5 @@ __all__ = [
     "replacing",
     "save_picture",
     "seed_of",
+    "shrink",
 ]

@@ -83,6 +83,7 @@ class ImageLevels:
         channels: Literal[1, 3] = 3,
         background: tuple[int, int, int] = WHITE,
         on_bad_image: Literal["stop", "skip"] = "stop",
+        allow_enlarging: bool = True,
         cache_dir: str | os.PathLike | None = None,
         max_pixels: int = MAX_PIXELS,
         progress: bool = False,
@@ -102,6 +103,7 @@ class ImageLevels:
             background: (red, green, blue) in 0..255 behind transparent pixels.
             on_bad_image: "stop" raises at the first image that cannot be read; "skip" leaves such images out, logs each
                 and lists it in `bad`.
+            allow_enlarging: whether an image smaller than the highest level is enlarged, or else is a bad image.
             cache_dir: folder of the cache, made if missing; None keeps the levels in memory.
             max_pixels: larger images are bad images and not decoded.
             progress: show a progress bar.
@@ -121,7 +123,9 @@ class ImageLevels:
             raise ValueError(f"num_threads: got {num_threads}; accepted are None and 1 or more")
         if not isinstance(source, ImageSource):
             source = open_source(source)
-        reading = _Reading(source, sizes, channels, tuple(background), max_pixels, num_threads, progress)
+        reading = _Reading(
+            source, sizes, channels, tuple(background), allow_enlarging, max_pixels, num_threads, progress
+        )
 
         if cache_dir is None:
             arrays = [np.empty((len(source), *size, channels), np.uint8) for size in sizes]
@@ -177,12 +181,15 @@ class _Reading:
     sizes: list[tuple[int, int]]
     channels: int
     background: tuple[int, int, int]
+    allow_enlarging: bool
     max_pixels: int
     num_threads: int
     progress: bool
 
     def settings(self) -> dict:
+        refusing = {} if self.allow_enlarging else {"allow_enlarging": False}
         return {
+            **refusing,
             "format": CACHE_FORMAT,
             "source": self.source.key(),
             "sizes": [list(size) for size in self.sizes],
@@ -232,8 +239,11 @@ class _Reading:
             image = decode_image(self.source.read(index), self.channels, self.background, self.max_pixels, name)
         except BadImageError as error:
             return error
+        (height, width) = self.sizes[-1]
+        enlarged = image.height < height or image.width < width
+        if enlarged and not self.allow_enlarging:
+            return BadImageError(name, f"{image.height}x{image.width} pixels, smaller than {height}x{width}")
         levels = [np.asarray(fit_image(image, *size)).reshape(*size, self.channels) for size in self.sizes]
-        enlarged = image.height < self.sizes[-1][0] or image.width < self.sizes[-1][1]
         return levels, image.info["composited"], enlarged
 
 

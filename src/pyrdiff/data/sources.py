@@ -143,6 +143,23 @@ class HubImages:
         return self._key
 
 
+class Some:
+    """Some images of a source, in the order of `indices`."""
+
+    def __init__(self, source: ImageSource, indices: Sequence[int]):
+        self.source, self.indices = source, list(indices)
+        self.names = [source.names[index] for index in self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, index: int) -> Path | bytes | Image.Image:
+        return self.source.read(self.indices[index])
+
+    def key(self) -> dict:
+        return {"kind": "some", "of": self.source.key(), "indices": self.indices}
+
+
 def open_source(
     source: str | os.PathLike | np.ndarray,
     *,

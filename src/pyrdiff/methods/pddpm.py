@@ -33,24 +33,11 @@ class PyramidalSettings(TrainingSettings):
 
     def __post_init__(self):
         super().__post_init__()
-        self._check("resolution", len(self.sizes) > 0, "at least one size")
         for low, high in zip(self.sizes, self.sizes[1:], strict=False):
             larger = high[0] > low[0] and high[1] > low[1]
             self._check("resolution", larger, "each to be larger than the one before")
-        self._check("patch_size", self.patch_size is None or self.patch_size > 0, "1 or more")
         self._check("ddpm_num_steps", self.ddpm_num_steps >= 100, "100 or more, the steps that sampling takes")
         self._check("snr_gamma", self.snr_gamma is None or self.snr_gamma > 0, "a number above 0")
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        """`resolution` as (height, width) pairs."""
-        sizes = []
-        for text in self.resolution:
-            parts = str(text).lower().split("x")
-            good = len(parts) in (1, 2) and all(part.isdecimal() and int(part) > 0 for part in parts)
-            self._check("resolution", good, "numbers such as 64, or 48x64 for height x width")
-            sizes.append((int(parts[0]), int(parts[-1])))
-        return sizes
 
 
 def build_model(settings: PyramidalSettings, channels: int):
@@ -97,7 +84,7 @@ def _check_channels(channels: tuple[int, ...], preset: dict) -> None:
         )
 
 
-def build_scheduler(settings: PyramidalSettings):
+def build_scheduler(settings: PyramidalSettings, images):
     from diffusers import DDPMScheduler
 
     return DDPMScheduler(
@@ -155,6 +142,12 @@ def plans(train_steps: int = 1000, levels: int = 3) -> dict[str, dict]:
     }
 
 
+def preview(settings: PyramidalSettings, pipeline, images, path) -> dict[str, float]:
+    from pyrdiff.training.previews import save_samples
+
+    return save_samples(settings, pipeline, images, path)
+
+
 METHOD = Method(
     name="pddpm",
     summary="Pyramidal DDPM: train one network at several resolutions, sample from coarse to fine.",
@@ -163,4 +156,5 @@ METHOD = Method(
     scheduler=build_scheduler,
     loss=loss,
     pipeline=build_pipeline,
+    preview=preview,
 )

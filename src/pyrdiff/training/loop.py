@@ -1,4 +1,4 @@
-"""Training of any method, top to bottom: data, model, scheduler, prepare, loop, save."""
+"""Training of any method, top to bottom: model, data, scheduler, prepare, loop, save."""
 
 import copy
 import json
@@ -24,7 +24,6 @@ from pyrdiff.data.seeds import seed_of
 from . import checkpoints
 from .losses import Draws
 from .method import Method
-from .previews import save_preview
 from .settings import TrainingDiverged, TrainingSettings, TrainingStopped
 
 TIME_IS_UP = 1000  # beside the signals' numbers
@@ -62,10 +61,9 @@ def train(method: Method, settings: TrainingSettings) -> Path:
     folder = Path(settings.output_dir)
     _check_folder(folder, settings)
 
-    # Model and scheduler.
+    # Model.
     torch.manual_seed(settings.seed)
     network = method.model(settings, settings.image_channels)
-    scheduler = method.scheduler(settings)
 
     # Data.
     if accelerator.is_main_process:
@@ -83,6 +81,7 @@ def train(method: Method, settings: TrainingSettings) -> Path:
             channels=settings.image_channels,
             background=settings.background,
             on_bad_image=settings.on_bad_image,
+            allow_enlarging=settings.allow_enlarging,
             cache_dir=settings.cache_dir,
             progress=accelerator.is_main_process,
         )
@@ -97,6 +96,8 @@ def train(method: Method, settings: TrainingSettings) -> Path:
         accumulation=settings.gradient_accumulation_steps,
     )
 
+    # Scheduler and pipeline.
+    scheduler = method.scheduler(settings, images)
     pipeline = method.pipeline(settings, network, scheduler, images)
 
     # The loop, then save.
@@ -125,6 +126,7 @@ class Run:
         self.network = network
         self.clock, self.earlier_seconds = clock, 0.0
         self.step, self.total_steps = 0, settings.max_train_steps
+        self.previewed: int | None = None  # the last step with a picture
         self._schedule: tuple | None = None  # (total steps, factor of the rate by step)
         self.signal_number = 0
         self.reserve = 5.0  # seconds kept for the end of a run with a budget
@@ -495,8 +497,19 @@ class Run:
             self.network.eval()
             with self._averaged_weights(), self.accelerator.autocast():
                 path = self.folder / "samples" / f"step-{self.step:07d}.png"
-                save_preview(self.pipeline, path, self.settings.eval_batch_size, self.settings.seed)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                values = self.method.preview(self.settings, self.pipeline, self.images, path)
             self.network.train()
+            if values:
+                with (self.folder / "log.jsonl").open("a", encoding="utf-8") as log:
+                    log.write(json.dumps({"step": self.step, "validation": values}) + "\n")
+                numbers = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+                print(f"step {self.step}: {numbers}", flush=True)
+                if self.settings.report_to:
+                    self.accelerator.log(
+                        {f"validation_{name}": value for name, value in values.items()}, step=self.step
+                    )
+        self.previewed = self.step
         self.accelerator.wait_for_everyone()
 
     def export(self) -> Path:
@@ -504,7 +517,7 @@ class Run:
         from pyrdiff import hub
 
         target = self.folder / "pipeline"
-        if self.settings.save_images_steps:
+        if self.settings.save_images_steps and self.previewed != self.step:
             self._preview()
         if self.accelerator.is_main_process:
             self.network.eval()

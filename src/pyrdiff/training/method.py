@@ -17,9 +17,10 @@ class Method:
         summary: One line for `--help`.
         settings: Dataclass of the method's flags; a `TrainingSettings`.
         model: f(settings, channels) -> the network.
-        scheduler: f(settings) -> the noise schedule that it is trained with.
+        scheduler: f(settings, images) -> the noise schedule that it is trained with; `images` are `ImageLevels`.
         loss: f(network, scheduler, settings, batch, draws) -> scalar; `batch` holds images [B, C, H, W] in [-1, 1].
         pipeline: f(settings, network, scheduler, images) -> the pipeline to sample with and to publish.
+        preview: f(settings, pipeline, images, path) -> {name: number} to log; writes a picture to `path`.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Method:
     scheduler: Callable
     loss: Callable
     pipeline: Callable
+    preview: Callable
 
 
 def methods() -> dict[str, Method]:

@@ -1,4 +1,4 @@
-"""Sample grids: the same samples at every level of a pipeline, low to high."""
+"""Pictures of a training's progress: rows of images on white."""
 
 import os
 from pathlib import Path
@@ -23,13 +23,19 @@ def image_grid(rows: list[list[Image.Image]], cell: int | None = None, gap: int 
     return canvas
 
 
-def save_preview(pipeline, path: Path, count: int, seed: int) -> None:
-    """Samples `count` images with a fixed seed and writes them as a grid, a row for each level if there are several."""
+def save_grid(rows: list[list[Image.Image]], path: Path) -> None:
+    """Writes `image_grid(rows)`, whole or not at all."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.png")
+    image_grid(rows).save(beside)
+    beside.replace(path)
+
+
+def save_samples(settings, pipeline, images, path: Path) -> dict[str, float]:
+    """`Method.preview` of what generates: samples with a fixed seed, a row for each level if there are several."""
     pipeline.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(seed + index) for index in range(count)]
+    count = settings.eval_batch_size
+    generators = [torch.Generator().manual_seed(settings.seed + index) for index in range(count)]
     output = pipeline(batch_size=count, generator=generators, return_levels=True)
     pipeline.set_progress_bar_config(disable=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.png")
-    image_grid(output.levels).save(beside)
-    beside.replace(path)
+    save_grid(output.levels, path)
+    return {}

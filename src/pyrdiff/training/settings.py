@@ -5,7 +5,7 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
@@ -27,6 +27,8 @@ class TrainingDiverged(RuntimeError):
 class TrainingSettings:
     """Flags of every training script."""
 
+    allow_enlarging: ClassVar[bool] = True  # whether images smaller than the resolution may be trained on
+
     train_data_dir: str | None = None
     """Folder of images (searched recursively), an .npz or .npy array, or "glyphs" for the embedded letters."""
     dataset_name: str | None = None
@@ -39,6 +41,10 @@ class TrainingSettings:
     """The array to take from an .npz file; by default the only one of images, or x_train."""
     output_dir: str = "runs/model"
     """Checkpoints, samples, log.jsonl, and the finished pipeline in its folder `pipeline`."""
+    resolution: tuple[str, ...] = ("64",)
+    """Size of the images, a number or HEIGHTxWIDTH."""
+    patch_size: int | None = None
+    """Train on windows of this size instead of whole images."""
     image_channels: Literal[1, 3] = 3
     """3 for colour, 1 for gray."""
     background: tuple[int, int, int] = (255, 255, 255)
@@ -106,8 +112,21 @@ class TrainingSettings:
             self._check(name, 0 < getattr(self, name) < float("inf"), "a number above 0")
         for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
             self._check(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
+        self._check("resolution", len(self.sizes) > 0, "at least one size")
+        self._check("patch_size", self.patch_size is None or self.patch_size > 0, "1 or more")
         self._check("minutes", self.minutes is None or 0 < self.minutes < float("inf"), "a number above 0")
         self._check("background", all(0 <= value <= 255 for value in self.background), "numbers from 0 to 255")
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """`resolution` as (height, width) pairs."""
+        sizes = []
+        for text in self.resolution:
+            parts = str(text).lower().split("x")
+            good = len(parts) in (1, 2) and all(part.isdecimal() and int(part) > 0 for part in parts)
+            self._check("resolution", good, "numbers such as 64, or 48x64 for height x width")
+            sizes.append((int(parts[0]), int(parts[-1])))
+        return sizes
 
     def _check(self, name: str, good: bool, expected: str) -> None:
         if not good:

@@ -1,0 +1,276 @@
+"""
+Super-resolution models trained by `examples/train_sr.py` (paper S, table 1), and one of them with fewer and fewer
+network calls: every arm on the same held-out images, made smaller as in training.
+
+    python benchmarks/residual_sr.py --arms table --models SR3=runs/sr3/pipeline SR4=runs/sr4/pipeline ...
+    python benchmarks/residual_sr.py --arms frontier --models SR4=runs/sr4/pipeline ...
+
+"table": each model by its own ancestral steps, all of them on --slow_images and 100 of them on all images. "frontier":
+ancestral steps, DDIM, and solvers of diffusers made from the model's scheduler, from 500 calls to 2, placed as they do
+(which begins where the last stride ends); --plans adds the spacings that `few_steps.py` found, down to 1 call.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import report
+import scoring
+
+DPM = ["DPMSolverMultistepScheduler", {}]
+SDE = ["DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}]
+UNIPC = ["UniPCMultistepScheduler", {}]
+
+
+def table_arms(train_steps: int) -> dict[str, dict]:
+    """{name: a plan of the pipeline, and whether it is run on few images only ("slow")}."""
+    return {
+        f"all {train_steps}": {"slow": True, "num_inference_steps": train_steps},
+        "100": {"num_inference_steps": 100},
+    }
+
+
+def frontier_arms(train_steps: int) -> dict[str, dict]:
+    arms = {f"ancestral {train_steps}": {"slow": True, "num_inference_steps": train_steps}}
+    for calls in (50, 20, 8, 4, 2):
+        samplers = {
+            "ancestral": {},
+            "DDIM": {"eta": 0.0},
+            "DPM-Solver++": {"scheduler": DPM},
+            "SDE-DPM-Solver++": {"scheduler": SDE},
+            "UniPC": {"scheduler": UNIPC},
+            "DPM-Solver++, log-SNR": {"scheduler": DPM, "spacing": "log_snr"},
+        }
+        for name, plan in samplers.items():
+            if calls in (8, 20) or name in ("ancestral", "DDIM", "DPM-Solver++"):
+                arms[f"{name} {calls}"] = {"num_inference_steps": calls, **plan}
+    for calls, strength in ((8, 0.5), (4, 0.5)):
+        arms[f"DDIM {calls} from {strength}"] = {"num_inference_steps": calls, "eta": 0.0, "strength": strength}
+    return arms
+
+
+class Pairs:
+    """Held-out images, what the models get of them, and how near an output is to them."""
+
+    def __init__(self, options, size: int, channels: int, factor: int):
+        import torch
+
+        from pyrdiff.data import shrink
+
+        self.options = options
+        self.scorer = scoring.Scorer(
+            options.reference, options.array_key, size, channels, options.features, options.weights, "cpu",
+            options.images, options.reference_images, options.seed, options.resamples,
+        )  # fmt: skip
+        self.truth = torch.from_numpy(self.scorer.held).permute(0, 3, 1, 2).float() / 255
+        self.low = shrink(2 * self.truth - 1, factor) / 2 + 0.5
+
+    def scores(self, images) -> dict:
+        """Of float [N, C, H, W] in [0, 1], rounded to 8 bits as a file is; the first N images."""
+        from pyrdiff.metrics import bootstrap_interval, consistency, lpips, psnr, ssim
+
+        truth, low, known = self.truth[: len(images)], self.low[: len(images)], dict(data_range=(0, 1))
+        options, images = self.options, (images * 255).round() / 255
+        each = {
+            "psnr": psnr(images, truth, **known).per_image,
+            "ssim": ssim(images, truth, **known).per_image,
+            "lpips": lpips(images, truth, **known, network=options.lpips, weights=options.lpips_weights).per_image,
+            "consistency": consistency(images, low, **known).per_image,
+        }
+        found = {"images": len(images), **{name: values.mean().item() for name, values in each.items()}}
+        for name in ("psnr", "lpips"):
+            interval = bootstrap_interval(
+                lambda v: v.mean().item(), each[name][:, None].double(), resamples=1000, level=0.95
+            )
+            found[f"{name}_interval"] = list(interval)
+        found["slow"] = {name: values[: options.slow_images].mean().item() for name, values in each.items()}
+        if len(images) >= 32:
+            pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+            found.update({k: v for k, v in self.scorer(pixels).items() if k.startswith("frechet") or k == "octaves"})
+        return found
+
+
+def enlarge(pipeline, low, batch_size: int, seed: int, **arguments):
+    """Float [N, C, H, W] in [0, 1], each image with its own generator."""
+    import torch
+
+    images = []
+    for first in range(0, len(low), batch_size):
+        part = low[first : first + batch_size]
+        generators = [torch.Generator().manual_seed(seed * 1_000_000 + first + index) for index in range(len(part))]
+        images.append(pipeline(part, generator=generators, output_type="pt", **arguments).images.cpu())
+    return torch.cat(images)
+
+
+def open_models(options) -> dict:
+    """{name: (pipeline, folder)}."""
+    import torch
+
+    import pyrdiff
+
+    found = {}
+    for text in options.models:
+        name, _, folder = text.partition("=")
+        if not folder:
+            raise SystemExit(f"--models: got {text!r}; expected NAME=FOLDER")
+        pipeline = pyrdiff.load(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+        pipeline.set_progress_bar_config(disable=True)
+        found[name] = (pipeline, folder)
+    return found
+
+
+def training_of(folder: str) -> dict:
+    """Steps and minutes that a model was trained for, from the log beside it."""
+    path = Path(folder).parent / "log.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [line for line in lines if "loss" in line]
+    if not lines:
+        return {}
+    settings = json.loads((path.parent / "settings.json").read_text())
+    return {
+        "steps": lines[-1]["step"],
+        "minutes": lines[-1]["seconds"] / 60,
+        "images": lines[-1]["step"] * settings["train_batch_size"],
+    }
+
+
+def measure(options) -> dict:
+    import torch
+
+    torch.set_num_threads(options.threads)
+    models = open_models(options)
+    unet = next(iter(models.values()))[0].unet
+    factor, size = max(unet.config.scale_factors), unet.config.sample_size
+    pairs = Pairs(options, size, unet.config.image_channels, factor)
+    rows = [{"model": "bicubic", "name": "bicubic", "calls": 0, "seconds_an_image": None}]
+    bicubic = next(iter(models.values()))[0].upsample(pairs.low, (size, size)).clamp(0, 1)
+    rows[0].update(pairs.scores(bicubic))
+    found = {}
+    for model, (pipeline, folder) in models.items():
+        train_steps = pipeline.scheduler.config.num_train_timesteps
+        arms = (table_arms if options.arms == "table" else frontier_arms)(train_steps)
+        if options.plans:
+            arms.update(json.loads(Path(options.plans).read_text())["plans"])
+        for name, arm in arms.items():
+            if options.only and not any(part in name for part in options.only):
+                continue
+            plan = {key: value for key, value in arm.items() if key != "slow"}
+            low = pairs.low[: options.slow_images] if arm.get("slow") else pairs.low
+            began = time.perf_counter()
+            images = enlarge(pipeline, low, options.batch_size, options.seed, plan=plan)
+            seconds = (time.perf_counter() - began) / len(low)
+            row = {"model": model, "name": name, "plan": plan, "calls": pipeline.num_timesteps}
+            rows.append({**row, "seconds_an_image": seconds, **pairs.scores(images)})
+            print(f"{model}, {name}: {rows[-1]['psnr']:.2f} dB, LPIPS {rows[-1]['lpips']:.4f}", flush=True)
+            if options.grids:
+                path = Path(options.grids) / f"{model}-{name}.png".replace(" ", "_")
+                save_grid([part[: len(images)][:8] for part in (pairs.low, bicubic, images, pairs.truth)], path)
+        found[model] = {
+            "hash": scoring.model_hash(folder),
+            "parameters": sum(p.numel() for p in pipeline.unet.parameters()),
+            "training": training_of(folder),
+            "train_steps": train_steps,
+            "residual_scale": pipeline.scheduler.config.residual_scale,
+        }
+    return {
+        "bench": "residual_sr",
+        "arms": options.arms,
+        "title": options.title,
+        "factor": factor,
+        "size": size,
+        "images": options.images,
+        "slow_images": options.slow_images,
+        "batch_size": options.batch_size,
+        "lpips": options.lpips,
+        "seed": options.seed,
+        "models": found,
+        **pairs.scorer.description,
+        **report.surroundings(options.threads),
+        "rows": rows,
+    }
+
+
+def save_grid(rows, path: Path) -> None:
+    """A row each for inputs, bicubic, outputs and originals, tensors [N, C, H, W] in [0, 1]."""
+    from guided_sr import save_grid as save
+
+    save(rows, path)
+
+
+def table(result: dict) -> str:
+    size, factor, slow = result["size"], result["factor"], result["slow_images"]
+    lines = [
+        f"{result['title']} x{factor}, {size // factor} to {size} pixels a side (bicubic), {result['images']} "
+        f'held-out images, arms of all steps on the first {slow}, on which every row\'s "first {slow}" are; LPIPS '
+        f"{result['lpips']}; consistency is the mean squared error at the input's size, x 1e-5; Fréchet distance of "
+        f"{result['features']} features against {result['compared_with']['frechet']} others. Seed {result['seed']}, "
+        f"batches of {result['batch_size']}. {report.caption(result)}",
+        "",
+    ]
+    trained = {name: model["training"] for name, model in result["models"].items() if model["training"]}
+    if result["arms"] == "table":
+        steps = sorted({value["steps"] for value in trained.values()})
+        lines[0] += f" Each trained for {' or '.join(map(str, steps))} steps, minutes as in the table."
+    lines += [
+        "| model | steps | training, min | PSNR | SSIM | LPIPS [95 %] | consistency | Fréchet | octave 5 | "
+        f"first {slow}: PSNR, SSIM, LPIPS, consistency | s an image |",
+        "|---" * 11 + "|",
+    ]
+    for row in result["rows"]:
+        minutes = trained.get(row["model"], {}).get("minutes")
+        few, whole = row["slow"], row["images"] > slow
+        cells = ["-"] * 6
+        if whole:
+            cells[:4] = [
+                f"{row['psnr']:.2f}",
+                f"{row['ssim']:.3f}",
+                "{:.3f} [{:.3f}, {:.3f}]".format(row["lpips"], *row["lpips_interval"]),
+                f"{row['consistency']:.1f}",
+            ]
+            if "frechet" in row:
+                cells[4], cells[5] = f"{row['frechet']:.0f}", f"{row['octaves'][-1]:.2f}"
+        seconds = row["seconds_an_image"]
+        lines.append(
+            f"| {row['model']} | {row['name']} | {'-' if minutes is None else f'{minutes:.0f}'} | "
+            f"{' | '.join(cells)} | "
+            f"{few['psnr']:.2f}, {few['ssim']:.3f}, {few['lpips']:.3f}, {few['consistency']:.1f} | "
+            f"{'-' if seconds is None else f'{seconds:.2f}'} |"
+        )
+    return "\n".join(lines)
+
+
+def options_of(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """What every bench of these models takes."""
+    parser.add_argument("--models", required=True, nargs="+", help="NAME=FOLDER of exported pipelines")
+    parser.add_argument("--reference", required=True, help="images that the models have not seen")
+    parser.add_argument("--array_key", help="array of an .npz reference")
+    parser.add_argument("--images", type=int, default=64, help="enlarged by every arm")
+    parser.add_argument("--slow_images", type=int, default=16, help="of them, by the arms of all steps")
+    parser.add_argument("--features", default="squeezenet")
+    parser.add_argument("--weights", help="of the feature network")
+    parser.add_argument("--lpips", default="squeeze", choices=("alex", "squeeze", "vgg"))
+    parser.add_argument("--lpips_weights", help="of LPIPS' network")
+    parser.add_argument("--reference_images", type=int, default=2000)
+    parser.add_argument("--resamples", type=int, default=100)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--title", default="Images,", help="what the table says first")
+    parser.add_argument("--output", required=True, help="JSON to write")
+    return parser
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arms", default="table", choices=("table", "frontier"))
+    parser.add_argument("--only", nargs="*", help="arms whose name has one of these in it")
+    parser.add_argument("--plans", help="JSON of few_steps.py")
+    parser.add_argument("--grids", help="folder for images to look at")
+    options = options_of(parser).parse_args()
+    report.save(measure(options), options.output)
+
+
+if __name__ == "__main__":
+    main()
