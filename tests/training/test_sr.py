@@ -411,6 +411,8 @@ def test_pictures_and_numbers_of_progress_are_of_training_images(trained):
             small = ((low + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
             assert np.array_equal(rows[0][column], small.repeat(4, 0).repeat(4, 1)), "the input"
             assert np.array_equal(rows[3][column], image), "the original"
+            enlarged = ((bicubic[column] / 2 + 0.5) * 255).round().byte().permute(1, 2, 0).numpy()
+            assert np.abs(rows[1][column].astype(int) - enlarged).max() <= 1, "bicubic"
             assert not np.array_equal(rows[2][column], rows[1][column])
 
 
