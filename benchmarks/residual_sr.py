@@ -6,7 +6,7 @@ network calls: every arm on the same held-out images, made smaller as in trainin
     python benchmarks/residual_sr.py --arms frontier --models SR4=runs/sr4/pipeline ...
 
 "table": each model by its own ancestral steps, all of them on --slow_images and 100 of them on all images. "frontier":
-ancestral steps, DDIM, and solvers of diffusers made from the model's scheduler, from 500 calls to 2, placed as they do
+ancestral steps, DDIM, and solvers of diffusers made from the model's scheduler, from 500 calls to 2, placed as it does
 (which begins where the last stride ends); --plans adds the spacings that `few_steps.py` found, down to 1 call.
 """
 
@@ -19,13 +19,16 @@ from pathlib import Path
 import report
 import scoring
 
+# Placed as the model's own scheduler places its steps. The default of diffusers begins at the last training step, where
+# a cosine schedule leaves next to no signal, and a noise prediction says nothing of the image: one arm shows it.
 DPM = ["DPMSolverMultistepScheduler", {}]
 SDE = ["DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}]
 UNIPC = ["UniPCMultistepScheduler", {}]
+FROM_THE_END = ["DPMSolverMultistepScheduler", {"timestep_spacing": "linspace"}]
 
 
 def table_arms(train_steps: int) -> dict[str, dict]:
-    """{name: a plan of the pipeline, and whether it is run on few images only ("slow")}."""
+    """{name: a plan of the pipeline; "slow": on few images only; "call": further arguments of the call}."""
     return {
         f"all {train_steps}": {"slow": True, "num_inference_steps": train_steps},
         "100": {"num_inference_steps": 100},
@@ -42,10 +45,14 @@ def frontier_arms(train_steps: int) -> dict[str, dict]:
             "SDE-DPM-Solver++": {"scheduler": SDE},
             "UniPC": {"scheduler": UNIPC},
             "DPM-Solver++, log-SNR": {"scheduler": DPM, "spacing": "log_snr"},
+            "DPM-Solver++, linspace": {"scheduler": FROM_THE_END},
         }
         for name, plan in samplers.items():
-            if calls in (8, 20) or name in ("ancestral", "DDIM", "DPM-Solver++"):
+            if calls == 20 or name in ("ancestral", "DDIM", "SDE-DPM-Solver++"):
                 arms[f"{name} {calls}"] = {"num_inference_steps": calls, **plan}
+        if calls in (4, 20):
+            plan = {"num_inference_steps": calls, "call": {"hard_consistency": True}}
+            arms[f"ancestral {calls}, hard consistency"] = plan
     for calls, strength in ((8, 0.5), (4, 0.5)):
         arms[f"DDIM {calls} from {strength}"] = {"num_inference_steps": calls, "eta": 0.0, "strength": strength}
     return arms
@@ -156,10 +163,10 @@ def measure(options) -> dict:
         for name, arm in arms.items():
             if options.only and not any(part in name for part in options.only):
                 continue
-            plan = {key: value for key, value in arm.items() if key != "slow"}
+            plan = {key: value for key, value in arm.items() if key not in ("slow", "call")}
             low = pairs.low[: options.slow_images] if arm.get("slow") else pairs.low
             began = time.perf_counter()
-            images = enlarge(pipeline, low, options.batch_size, options.seed, plan=plan)
+            images = enlarge(pipeline, low, options.batch_size, options.seed, plan=plan, **arm.get("call", {}))
             seconds = (time.perf_counter() - began) / len(low)
             row = {"model": model, "name": name, "plan": plan, "calls": pipeline.num_timesteps}
             rows.append({**row, "seconds_an_image": seconds, **pairs.scores(images)})

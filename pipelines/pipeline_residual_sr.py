@@ -488,8 +488,8 @@ class ResidualSRPipeline(DiffusionPipeline):
 
     def _other_scheduler(self, entry) -> SchedulerMixin:
         """
-        A scheduler of diffusers over the same noise process and of the same target; all else is its own default, or as
-        set. (`from_config` would carry over how this one's steps are placed, if it was loaded from a file.)
+        A scheduler of diffusers over the same noise process, with the same target and spacing of steps; all else is its
+        own default, or as set.
         """
         if not (isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[1], dict)):
             raise ValueError(f"scheduler of the plan is {entry!r}: expected [class of diffusers, {{setting: value}}]")
@@ -500,7 +500,9 @@ class ResidualSRPipeline(DiffusionPipeline):
         for setting in settings:
             if setting not in known - set(self.NOISE_PROCESS) - set(self.TARGET) - clips:
                 raise ValueError(f"scheduler of the plan sets {setting!r}: expected settings of {entry[0]}'s steps")
-        process = {name: config[name] for name in (*self.NOISE_PROCESS, "variance_type") if name in config}
+        process = {
+            name: config[name] for name in (*self.NOISE_PROCESS, "variance_type", "timestep_spacing") if name in config
+        }
         process = {name: value for name, value in process.items() if name in known}
         part = kind(**{**process, **{name: False for name in clips & known}, **settings})
         part.register_to_config(**{name: config[name] for name in self.TARGET if name in config})

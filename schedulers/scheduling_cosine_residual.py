@@ -100,13 +100,12 @@ class CosineResidualScheduler(SchedulerMixin, ConfigMixin):
         else:
             self.betas = betas_for_alpha_bar(num_train_timesteps)
         # Solvers of diffusers are made from this config, so it says the noise process in diffusers' words and counts
-        # no setting as a default that another class may replace by its own (1000 steps, clipping), but the spacing.
+        # no setting as a default that another class may replace by its own (1000 steps, clipping, steps that begin at
+        # the last timestep, where a cosine schedule leaves no signal for a noise prediction to say anything of).
         self.register_to_config(
             num_train_timesteps=len(self.betas),
             beta_schedule="linear" if beta_schedule == "linear" else "squaredcos_cap_v2",
-            _use_default_values=[
-                name for name in self.config.get("_use_default_values", ()) if name == "timestep_spacing"
-            ],
+            _use_default_values=[],
         )
         self.alphas_cumprod = torch.cumprod(1.0 - self.betas, dim=0)
         self._gammas = torch.cat([torch.ones(1), self.alphas_cumprod])  # from timestep -1 up

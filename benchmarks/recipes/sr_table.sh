@@ -11,7 +11,7 @@ train=$1 test=$2 output=$3 size=${4:-cpu} part=${5:-all}
 case $size in
     cpu) flags=(--resolution 32 --scale_factor 4 --preset tiny --train_batch_size 4 --learning_rate 3e-4
                 --max_train_steps 1000 --lr_warmup_steps 100 --mixed_precision no)
-         measured=(--images 32 --slow_images 8) ;;
+         measured=(--images 32 --slow_images 4) ;;
     gpu) flags=(--resolution 128 --scale_factor 8 --preset paper --train_batch_size 32 --minutes 9 --mixed_precision bf16)
          measured=(--images 256 --slow_images 64 --batch_size 64) ;;
     *) echo "size $size: expected cpu or gpu" >&2; exit 2 ;;

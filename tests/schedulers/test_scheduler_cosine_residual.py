@@ -98,11 +98,13 @@ def test_every_compatible_solver_has_the_same_noise_process(settings):
         assert CosineResidualScheduler.from_config(other.config).config == scheduler.config
 
 
-def test_a_solver_keeps_its_own_spacing_unless_one_was_asked_for():
-    config = CosineResidualScheduler().config
-    assert DPMSolverMultistepScheduler.from_config(config).config.timestep_spacing == "linspace"
-    config = CosineResidualScheduler(timestep_spacing="leading").config
-    assert DPMSolverMultistepScheduler.from_config(config).config.timestep_spacing == "leading"
+@pytest.mark.parametrize("given", [{}, {"timestep_spacing": "trailing"}])
+def test_a_solver_spaces_its_steps_as_this_one_also_when_it_was_saved_between(given, tmp_path):
+    scheduler = CosineResidualScheduler(**given)
+    scheduler.save_pretrained(tmp_path)
+    for source in (scheduler, CosineResidualScheduler.from_pretrained(tmp_path)):
+        solver = DPMSolverMultistepScheduler.from_config(source.config)
+        assert solver.config.timestep_spacing == given.get("timestep_spacing", "leading")
 
 
 # Closed forms.

@@ -106,7 +106,7 @@ def variational_bound(
     Returns:
         [B].
     """
-    gamma = scheduler.alphas_cumprod.to(clean.device, torch.float64)
+    gamma = scheduler.alphas_cumprod.cpu().double()
     before = torch.cat([gamma.new_ones(1), gamma[:-1]])
     beta = 1 - gamma / before
     posterior = beta * (1 - before) / (1 - gamma)
@@ -119,7 +119,7 @@ def variational_bound(
         "small": posterior.log(),
         "large": beta.log(),
     }
-    at = {name: values[timesteps].float()[:, None, None, None] for name, values in table.items()}
+    at = {name: values.float().to(clean.device)[timesteps][:, None, None, None] for name, values in table.items()}
 
     estimate = (noisy - at["noise"] * noise_prediction) / at["signal"]
     mean = at["of_clean"] * estimate + at["of_noisy"] * noisy
