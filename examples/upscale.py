@@ -47,7 +47,7 @@ def arguments() -> argparse.Namespace:
     guided.add_argument("--operator", choices=OPERATORS, help="how the input was made smaller; by default bicubic")
     guided.add_argument("--refine_steps", type=int, help="network calls at each level; by default 8")
     trained = parser.add_argument_group("models trained to enlarge (train_sr.py)")
-    trained.add_argument("--plan", help="a plan of the model by its name, by default the one that it calls default")
+    trained.add_argument("--plan", help="network calls by name: fast, balanced, default (the default), paper ...")
     trained.add_argument("--num_inference_steps", type=int, help="network calls, instead of a plan")
     trained.add_argument("--color_fix", action="store_true", help="give each channel the input's mean")
     parser.add_argument("--hard_consistency", action="store_true", help="made smaller, the output gives the input")

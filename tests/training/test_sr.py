@@ -333,6 +333,23 @@ def test_a_run_trains_and_its_pipeline_enlarges(toy_sr, name):
         assert output.shape == (1, channels, 16, 16) and output.isfinite().all()
 
 
+@pytest.mark.parametrize("steps", [50, 500, 2000])
+def test_the_plans_are_ones_that_a_pipeline_takes(toy_sr, steps):
+    found = sr.plans(settings_of(toy_sr(ddpm_num_steps=steps)))
+    assert set(found) == {"default", "balanced", "fast", "paper"}
+    network = pyrdiff.ResidualSRUNet2DModel(block_out_channels=(8, 8), norm_num_groups=4, attention_head_dim=8)
+    pipeline = pyrdiff.ResidualSRPipeline(network, pyrdiff.CosineResidualScheduler(steps), found)
+    calls = {name: len(pipeline.cost(8, 4, plan=name).timesteps) for name in found}
+    assert calls == {"default": 20, "balanced": 8, "fast": 4, "paper": steps}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"ddpm_num_steps": 8}, {"beta_schedule": "linear"}, {"prediction_target": "image"}]
+)
+def test_plans_that_were_found_elsewhere_are_left_out(toy_sr, changes):
+    assert set(sr.plans(settings_of(toy_sr(**{"ddpm_num_steps": 500, **changes})))) == {"default", "paper"}
+
+
 def test_the_exported_scale_is_measured(trained):
     scale = pyrdiff.load(trained / "pipeline").scheduler.config.residual_scale
     assert scale == pytest.approx(1 / measured(photos(24), [4]), rel=1e-3)

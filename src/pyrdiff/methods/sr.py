@@ -210,12 +210,23 @@ def build_pipeline(settings: SuperResolutionSettings, network, scheduler, images
     if settings.save_images_steps:  # now, and not when the first picture is due
         some = validation_images(settings, images)[:1] / 2 + 0.5
         similarity(settings, some, some)
-    return ResidualSRPipeline(network, scheduler, plans=plans(settings.ddpm_num_steps))
+    return ResidualSRPipeline(network, scheduler, plans=plans(settings))
 
 
-def plans(train_steps: int) -> dict[str, dict]:
-    """What a saved pipeline offers as `plan=`: 20 ancestral steps, which lose nothing (benchmarks/README.md); all."""
-    return {"default": {"num_inference_steps": min(20, train_steps)}, "paper": {"num_inference_steps": train_steps}}
+def plans(settings: SuperResolutionSettings) -> dict[str, dict]:
+    """
+    What a saved pipeline offers as `plan=`: 20 ancestral steps, and all of them; for a residual and a cosine schedule,
+    on which they were measured, also 8 and 4 calls that lose nothing against those (benchmarks/README.md).
+    """
+    steps = settings.ddpm_num_steps
+    found = {"default": {"num_inference_steps": min(20, steps)}, "paper": {"num_inference_steps": steps}}
+    if settings.beta_schedule == "cosine" and settings.prediction_target == "residual" and steps >= 50:
+        solver = ["DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}]
+        # Most of the calls at high noise, as benchmarks/few_steps.py found: 0.96 ((n - k) / n) ** power of the process.
+        for name, calls, power in (("balanced", 8, 0.35), ("fast", 4, 0.5)):
+            times = [round(0.96 * steps * ((calls - k) / calls) ** power) - 1 for k in range(calls)]
+            found[name] = {"spacing": times, "scheduler": solver}
+    return found
 
 
 def preview(settings: SuperResolutionSettings, pipeline, images, path) -> dict[str, float]:
