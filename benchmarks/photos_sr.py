@@ -6,7 +6,6 @@ the literature has them, LPIPS, and seconds, beside bicubic.
 """
 
 import argparse
-import json
 import os
 import time
 from pathlib import Path
@@ -26,10 +25,7 @@ def measure(options) -> dict:
     pipeline = pyrdiff.load(options.model).to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
     factor = max(pipeline.unet.config.scale_factors)
-    plans = {"default": (pipeline.config.plans or {}).get("default", {})}
-    if options.plans:
-        plans.update(json.loads(Path(options.plans).read_text())["plans"])
-    plans = {name: plan for name, plan in plans.items() if not options.only or name in options.only}
+    plans = {name: plan for name, plan in (pipeline.config.plans or {}).items() if name in options.plans}
     arms = {"bicubic": None, **{f"{name}{extra}": (plan, extra) for name, plan in plans.items() for extra in EXTRAS}}
     rows = []
     for name, arm in arms.items():
@@ -42,9 +38,10 @@ def measure(options) -> dict:
             else:
                 generator = torch.Generator().manual_seed(options.seed)
                 plan, extra = arm
-                made = pipeline(
+                output = pipeline(
                     low, plan=plan, tile=options.tile, generator=generator, output_type="pt", **EXTRAS[extra]
-                ).images.cpu()
+                )
+                made = (output.images if output.mean is None else output.mean).cpu()
             seconds = time.perf_counter() - began
             made = (made * 255).round() / 255
             known = dict(data_range=(0, 1))
@@ -81,7 +78,7 @@ def measure(options) -> dict:
     }
 
 
-EXTRAS = {"": {}, ", hard consistency": {"hard_consistency": True}}
+EXTRAS = {"": {}, ", hard consistency": {"hard_consistency": True}, ", mean of 4": {"num_samples": 4}}
 
 
 def floats(path: Path):
@@ -125,8 +122,7 @@ def main() -> None:
     parser.add_argument("--low", required=True, help="folder of inputs")
     parser.add_argument("--high", required=True, help="folder of originals, with the same names")
     parser.add_argument("--tile", type=int, help="side of the windows")
-    parser.add_argument("--plans", help="JSON of few_steps.py")
-    parser.add_argument("--only", nargs="*", help="plans by name")
+    parser.add_argument("--plans", nargs="+", default=["default"], help="of the model, by name")
     parser.add_argument("--lpips", default="squeeze", choices=("alex", "squeeze", "vgg"))
     parser.add_argument("--lpips_weights", help="of LPIPS' network")
     parser.add_argument("--seed", type=int, default=0)

@@ -212,7 +212,8 @@ def table(result: dict) -> str:
         f"{result['title']} x{factor}, {size // factor} to {size} pixels a side (bicubic), {result['images']} "
         f'held-out images, arms of all steps on the first {slow}, on which every row\'s "first {slow}" are; LPIPS '
         f"{result['lpips']}; consistency is the mean squared error at the input's size, x 1e-5; Fréchet distance of "
-        f"{result['features']} features against {result['compared_with']['frechet']} others. Seed {result['seed']}, "
+        f"{result['features']} features against {result['compared_with']['frechet']} others; finest octave is its power, "
+        f"a share of theirs. Seed {result['seed']}, "
         f"batches of {result['batch_size']}. {report.caption(result)}",
         "",
     ]
@@ -221,7 +222,7 @@ def table(result: dict) -> str:
         steps = sorted({value["steps"] for value in trained.values()})
         lines[0] += f" Each trained for {' or '.join(map(str, steps))} steps, minutes as in the table."
     lines += [
-        "| model | steps | training, min | PSNR | SSIM | LPIPS [95 %] | consistency | Fréchet | octave 5 | "
+        "| model | steps | training, min | PSNR | SSIM | LPIPS [95 %] | consistency | Fréchet | finest octave | "
         f"first {slow}: PSNR, SSIM, LPIPS, consistency | s an image |",
         "|---" * 11 + "|",
     ]

@@ -109,8 +109,14 @@ def test_times_descend_within_the_process(train_steps):
 def test_pairs_of_files(run, folder):
     flags = ["--model", folder / "color" / "pipeline", "--low", folder / "low", "--high", folder / "high", "--tile", 8]
     result = run(photos_sr, *flags, "--grids", folder / "photos")
-    assert [row["name"] for row in result["rows"]] == ["bicubic", "default", "default, hard consistency"]
-    bicubic, plain, hard = result["rows"]
+    assert [row["name"] for row in result["rows"]] == [
+        "bicubic",
+        "default",
+        "default, hard consistency",
+        "default, mean of 4",
+    ]
+    bicubic, plain, hard, mean = result["rows"]
+    assert mean["psnr_y"] > plain["psnr_y"], "noise is averaged away"
     assert hard["consistency"] < 1 < plain["consistency"] and bicubic["each"][0]["size"] == [24, 32]
-    assert photos_sr.table(result).count("\n|") == 5
-    assert len(list((folder / "photos").iterdir())) == 3
+    assert photos_sr.table(result).count("\n|") == 6
+    assert len(list((folder / "photos").iterdir())) == 4
