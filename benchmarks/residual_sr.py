@@ -212,9 +212,8 @@ def table(result: dict) -> str:
         f"{result['title']} x{factor}, {size // factor} to {size} pixels a side (bicubic), {result['images']} "
         f'held-out images, arms of all steps on the first {slow}, on which every row\'s "first {slow}" are; LPIPS '
         f"{result['lpips']}; consistency is the mean squared error at the input's size, x 1e-5; Fréchet distance of "
-        f"{result['features']} features against {result['compared_with']['frechet']} others; finest octave is its power, "
-        f"a share of theirs. Seed {result['seed']}, "
-        f"batches of {result['batch_size']}. {report.caption(result)}",
+        f"{result['features']} features against {result['compared_with']['frechet']} others; finest octave is its "
+        f"power, a share of theirs. Seed {result['seed']}, batches of {result['batch_size']}. {report.caption(result)}",
         "",
     ]
     trained = {name: model["training"] for name, model in result["models"].items() if model["training"]}
