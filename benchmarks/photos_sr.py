@@ -13,6 +13,8 @@ from pathlib import Path
 import report
 import scoring
 
+EXTRAS = {"": {}, ", hard consistency": {"hard_consistency": True}, ", mean of 4": {"num_samples": 4}}
+
 
 def measure(options) -> dict:
     import torch
@@ -25,7 +27,10 @@ def measure(options) -> dict:
     pipeline = pyrdiff.load(options.model).to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
     factor = max(pipeline.unet.config.scale_factors)
-    plans = {name: plan for name, plan in (pipeline.config.plans or {}).items() if name in options.plans}
+    offered = pipeline.config.plans or {}
+    if not set(options.plans) <= set(offered):
+        raise SystemExit(f"--plans: got {options.plans}; this model has {sorted(offered)}")
+    plans = {name: offered[name] for name in options.plans}
     arms = {"bicubic": None, **{f"{name}{extra}": (plan, extra) for name, plan in plans.items() for extra in EXTRAS}}
     rows = []
     for name, arm in arms.items():
@@ -76,9 +81,6 @@ def measure(options) -> dict:
         **report.surroundings(options.threads),
         "rows": rows,
     }
-
-
-EXTRAS = {"": {}, ", hard consistency": {"hard_consistency": True}, ", mean of 4": {"num_samples": 4}}
 
 
 def floats(path: Path):

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import report
 import scoring
+from guided_sr import save_grid
 
 # Placed as the model's own scheduler places its steps. The default of diffusers begins at the last training step, where
 # a cosine schedule leaves next to no signal, and a noise prediction says nothing of the image: one arm shows it.
@@ -197,13 +198,6 @@ def measure(options) -> dict:
         **report.surroundings(options.threads),
         "rows": rows,
     }
-
-
-def save_grid(rows, path: Path) -> None:
-    """A row each for inputs, bicubic, outputs and originals, tensors [N, C, H, W] in [0, 1]."""
-    from guided_sr import save_grid as save
-
-    save(rows, path)
 
 
 def table(result: dict) -> str:
