@@ -6,7 +6,8 @@ if __name__ == "pyrdiff.pipelines":
     import pyrdiff.schedulers  # noqa: F401
 
 from .pipeline_guided_sr import GuidedSRPipeline
+from .pipeline_parallel_trajectory import ParallelTrajectoryPipeline
 from .pipeline_pyramidal import PyramidalPipeline
 from .pipeline_residual_sr import ResidualSRPipeline
 
-__all__ = ["GuidedSRPipeline", "PyramidalPipeline", "ResidualSRPipeline"]
+__all__ = ["GuidedSRPipeline", "ParallelTrajectoryPipeline", "PyramidalPipeline", "ResidualSRPipeline"]

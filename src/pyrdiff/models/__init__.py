@@ -1,6 +1,8 @@
 """Networks: custom diffusers models, each file usable on its own."""
 
+from .autoencoder_scale import ScaleAutoencoder
 from .unet_coordinate import CoordinateUNet2DModel
+from .unet_parallel_trajectory import ParallelTrajectoryUNet2DModel
 from .unet_residual_sr import ResidualSRUNet2DModel
 
-__all__ = ["CoordinateUNet2DModel", "ResidualSRUNet2DModel"]
+__all__ = ["CoordinateUNet2DModel", "ParallelTrajectoryUNet2DModel", "ResidualSRUNet2DModel", "ScaleAutoencoder"]

@@ -1,8 +1,10 @@
 """Training of any method, top to bottom: model, data, scheduler, prepare, loop, save."""
 
 import copy
+import hashlib
 import json
 import math
+import shutil
 import signal
 import time
 from contextlib import contextmanager
@@ -59,11 +61,14 @@ def train(method: Method, settings: TrainingSettings) -> Path:
     if settings.report_to and not accelerator.log_with:
         raise ValueError(f"report_to={settings.report_to!r}: expected a tracker that is installed")
     folder = Path(settings.output_dir)
-    _check_folder(folder, settings)
+    first = method.first(settings) if method.first is not None else None
+    _check_folder(folder, settings, within=first and first[0].name)
 
-    # Model.
-    torch.manual_seed(settings.seed)
-    network = method.model(settings, settings.image_channels)
+    # Models: all of them, so that bad settings are met before any work.
+    networks = []
+    for stage, its_settings in [*([first] if first else []), (method, settings)]:
+        torch.manual_seed(settings.seed)
+        networks.append(stage.model(its_settings, settings.image_channels))
 
     # Data.
     if accelerator.is_main_process:
@@ -96,21 +101,31 @@ def train(method: Method, settings: TrainingSettings) -> Path:
         accumulation=settings.gradient_accumulation_steps,
     )
 
-    # Scheduler and pipeline.
-    scheduler = method.scheduler(settings, images)
-    pipeline = method.pipeline(settings, network, scheduler, images)
+    # What the method builds on.
+    before = None
+    if first is not None:
+        before = _run(*first, accelerator, folder / first[0].name, images, batches, networks[0], clock)
+        method = method.building_on(before.finish())
 
     # The loop, then save.
-    run = Run(method, settings, accelerator, folder, images, batches, network, scheduler, pipeline, clock)
+    run = _run(method, settings, accelerator, folder, images, batches, networks[-1], clock, before)
     run.fit()
     return run.export()
 
 
-def _check_folder(folder: Path, settings: TrainingSettings) -> None:
-    """Refuses an output folder that is something else than a run of ours."""
+def _run(method, settings, accelerator, folder, images, batches, network, clock, before=None) -> "Run":
+    scheduler = method.scheduler(settings, images)
+    pipeline = method.pipeline(settings, network, scheduler, images)
+    return Run(method, settings, accelerator, folder, images, batches, network, scheduler, pipeline, clock, before)
+
+
+def _check_folder(folder: Path, settings: TrainingSettings, within: str | None = None) -> None:
+    """Refuses an output folder that is something else than a run of ours; `within` is one that lies in it."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={str(folder)!r}: expected a folder, found a file")
-    used = folder.is_dir() and any(folder.iterdir())
+    if within is not None:
+        _check_folder(folder / within, settings)
+    used = folder.is_dir() and any(path.name != within for path in folder.iterdir())
     if used and not (folder / "settings.json").is_file() and not checkpoints.list_checkpoints(folder):
         raise ValueError(f"output_dir={str(folder)!r}: expected a new, an empty or an earlier run's folder")
     if used and settings.resume_from_checkpoint == "none" and checkpoints.list_checkpoints(folder):
@@ -118,13 +133,17 @@ def _check_folder(folder: Path, settings: TrainingSettings) -> None:
 
 
 class Run:
-    """One training run: its parts and its progress."""
+    """One training run: its parts and its progress. `before` is the run of what the method builds on."""
 
-    def __init__(self, method, settings, accelerator, folder, images, batches, network, scheduler, pipeline, clock):
+    FINISHED = "finished"  # folder of a network that another method builds on
+
+    def __init__(
+        self, method, settings, accelerator, folder, images, batches, network, scheduler, pipeline, clock, before=None
+    ):
         self.method, self.settings, self.accelerator, self.folder = method, settings, accelerator, folder
         self.images, self.batches, self.scheduler, self.pipeline = images, batches, scheduler, pipeline
         self.network = network
-        self.clock, self.earlier_seconds = clock, 0.0
+        self.clock, self.earlier_seconds = clock, 0.0 if before is None else before.earlier_seconds
         self.step, self.total_steps = 0, settings.max_train_steps
         self.previewed: int | None = None  # the last step with a picture
         self._schedule: tuple | None = None  # (total steps, factor of the rate by step)
@@ -142,6 +161,8 @@ class Run:
             "random_flip": settings.random_flip,
             "seed": settings.seed,
         }
+        if before is not None:
+            self.identity["given"] = before.digest
 
         network.to(accelerator.device)
         on_gpu = accelerator.device.type == "cuda"
@@ -440,6 +461,37 @@ class Run:
             checkpoints.save_checkpoint(self.folder, self.step, tensors, state)
             checkpoints.prune_checkpoints(self.folder, self.settings.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
+
+    # A network that another method builds on.
+
+    def finish(self) -> torch.nn.Module:
+        """Trains to the end unless that was done before; the network with its averaged weights, frozen."""
+        target, accelerator = self.folder / self.FINISHED, self.accelerator
+        if not target.is_dir():
+            self.fit()
+            if self.settings.save_images_steps and self.previewed != self.step:
+                self._preview()
+            if accelerator.is_main_process:
+                self.network.eval()
+                with self._averaged_weights():
+                    if self.method.finish is not None:
+                        self.method.finish(self.settings, self.network, self.images)
+                    beside = self.folder / f".{self.FINISHED}.writing"
+                    shutil.rmtree(beside, ignore_errors=True)
+                    self.network.save_pretrained(beside, safe_serialization=True)
+                    beside.rename(target)
+                print(f"saved {target} after {self.step} steps, {self.seconds / 60:.1f} minutes", flush=True)
+            accelerator.wait_for_everyone()
+        network = type(self.network).from_pretrained(target, use_safetensors=True)
+        return network.to(accelerator.device, memory_format=self.memory_format).eval().requires_grad_(False)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the finished network's weights."""
+        digest = hashlib.sha256()
+        for path in sorted((self.folder / self.FINISHED).glob("*.safetensors")):
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
 
     # What a person looks at.
 

@@ -1,0 +1,329 @@
+"""
+Quality against time of models that generate (paper X, tables 1 and 2): pixel-aware models by 1, 2, 4 ... passes beside
+diffusion models of the same data by stock samplers, all on the same real images, in one run.
+
+    python benchmarks/pixel_aware.py --models "pixel-aware:0=runs/x/pipeline" "DDPM:0=runs/pddpm/pipeline" ... \
+        --reference test_images --train train_images --output benchmarks/results/mine.json
+
+A model is METHOD:SEED=FOLDER; models of one METHOD are one row of each table. What an exported folder is run with
+follows from its class: a `ParallelTrajectoryPipeline` with structure by passes, without one (EDM's preconditioning) as
+the many-step sampler that it then is, in mode "paper" by algorithm 1 from N(0, I); a `PyramidalPipeline` of one
+resolution by DDPM, DDIM and DPM-Solver++.
+"""
+
+import argparse
+import os
+import statistics
+import time
+
+import bench
+import report
+import residual_sr
+import scoring
+
+PASSES = (1, 2, 4, 8, 16)
+NO_STRUCTURE = (1, 4, 8, 16, 32, 100)
+STOCK = {
+    "DDPM 100": ("DDPMScheduler", {}, 100),
+    "DDIM 50": ("DDIMScheduler", {}, 50),
+    "DDIM 10": ("DDIMScheduler", {}, 10),
+    "DPM-Solver++ 20": ("DPMSolverMultistepScheduler", {}, 20),
+    "DPM-Solver++ 10": ("DPMSolverMultistepScheduler", {}, 10),
+    "DPM-Solver++ 10, log-SNR": ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}, 10),
+    "SDE-DPM-Solver++ 20": ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, 20),
+}
+
+
+def arms_of(pipeline) -> dict[str, tuple]:
+    """{name: (network calls, f(count, generator) -> float [count, C, H, W] in [-1, 1], not clipped)}."""
+    import torch
+
+    if not hasattr(pipeline.scheduler, "precondition"):
+        found = {}
+        for name, (kind, changes, steps) in STOCK.items():
+            settings, arguments = {"_class_name": kind, **changes}, {"num_inference_steps": steps}
+            arm = {"loop": "stock", "scheduler": settings, "arguments": arguments}
+            found[name] = (steps, bench.Sampler(arm, pipeline, pipeline.unet))
+        return found
+
+    def by_passes(passes, **more):
+        def sample(count, generator):
+            found = pipeline(count, num_passes=passes, generator=generator, output_type="latent", **more).images
+            return 2 * pipeline.scheduler.from_range(found) - 1
+
+        return passes, sample
+
+    def structure(count, generator):
+        structure = pipeline.autoencoder.decode(pipeline.autoencoder.sample_prior(count, generator=generator))
+        return 2 * pipeline.scheduler.from_range(structure) - 1
+
+    def normal_prior(count, generator):
+        latents = pipeline.autoencoder.sample_prior(count, generator=generator, prior="normal")
+        found = pipeline(latents=latents, generator=generator, output_type="latent").images
+        return 2 * pipeline.scheduler.from_range(found) - 1
+
+    def algorithm_1(count, generator):
+        size, total = (pipeline.unet.config.image_channels, *pipeline._size()), len(pipeline.scheduler)
+        noise = torch.randn((count, *size), generator=generator)
+        found = pipeline(image=noise, timestep=total, mode="paper", generator=generator, output_type="latent").images
+        return 2 * pipeline.scheduler.from_range(found).nan_to_num(0.5).clamp(-10, 10) - 1
+
+    if pipeline.scheduler.config.mode == "paper":
+        return {"algorithm 1 from N(0, I)": (1, algorithm_1)}
+    if pipeline.autoencoder is None:
+        found = {f"{passes} calls": by_passes(passes) for passes in NO_STRUCTURE}
+        return {**found, "16 calls, eta 0": by_passes(16, eta=0.0)}
+    found = {"structure only": (0, structure)}
+    found.update({f"{passes} pass{'es' * (passes > 1)}": by_passes(passes) for passes in PASSES})
+    return {**found, "4 passes, eta 0": by_passes(4, eta=0.0), "1 pass, prior N(0, I)": (1, normal_prior)}
+
+
+def parse_models(options) -> dict[tuple[str, int], str]:
+    found = {}
+    for text in options.models:
+        name, _, folder = text.partition("=")
+        method, _, seed = name.rpartition(":")
+        if not folder or not method or not seed.isdecimal():
+            raise SystemExit(f"--models: got {text!r}; expected METHOD:SEED=FOLDER")
+        found[method, int(seed)] = folder
+    return found
+
+
+def multiplications(work) -> float:
+    """Multiply-adds of all network parts that a call runs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops() / 2
+
+
+def nearest(images, real, batch: int = 200):
+    """RMS difference per value, in [0, 1], of each of uint8 [N, H, W, C] to the nearest of `real`."""
+    import torch
+
+    real = torch.from_numpy(real).flatten(1).float() / 255
+    found = []
+    for part in torch.from_numpy(images).flatten(1).float().div(255).split(batch):
+        found.append(torch.cdist(part, real).amin(1) / part.shape[1] ** 0.5)
+    return torch.cat(found)
+
+
+def measure(options) -> dict:
+    import numpy as np
+    import torch
+
+    import pyrdiff
+    from pyrdiff.data import ImageLevels, open_source
+
+    torch.set_num_threads(options.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    runs, models, scorer = {}, {}, None
+    for (method, seed), folder in parse_models(options).items():
+        pipeline = pyrdiff.load(folder).to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        for name, (calls, sample) in arms_of(pipeline).items():
+            if not options.only or any(part in f"{method}, {name}" for part in options.only):
+                runs[method, seed, name] = (pipeline, calls, sample)
+        parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+        models[f"{method}:{seed}"] = {
+            "hash": scoring.model_hash(folder),
+            "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
+            "training": residual_sr.training_of(folder),
+        }
+    shape = next(iter(runs.values()))[2](1, torch.Generator(device).manual_seed(0)).shape
+    channels, size = shape[1], tuple(shape[-2:])
+    scorer = scoring.Scorer(
+        options.reference, options.array_key, size, channels, options.features, options.weights, device,
+        options.held, options.reference_images, options.seed, options.resamples,
+    )  # fmt: skip
+    source = open_source(options.train, array_key=options.train_key)
+    real = ImageLevels.build(source, [size], channels=channels).arrays[-1]
+    real = real[np.unique(np.linspace(0, len(real) - 1, min(len(real), options.train_images)).astype(int))]
+    distances = nearest(scorer.held, real)
+    near = distances.quantile(0.01).item()  # nearer than 99 % of unseen images are
+
+    rows = [{"method": "held-out images", "seed": None, "name": "", "calls": None, **scorer(scorer.held)}]
+    rows[0]["nearest"], rows[0]["copies"] = distances.mean().item(), 0.01
+    for (method, seed, name), (pipeline, calls, sample) in runs.items():
+        count = options.images if calls <= options.slow_calls else options.slow_images
+        made = []
+        for first in range(0, count, options.batch_size):
+            generator = torch.Generator(device).manual_seed(options.seed * 1_000_000 + first)
+            with torch.no_grad():
+                made.append(scoring.to_uint8(sample(min(options.batch_size, count - first), generator).cpu()))
+        images = np.concatenate(made)
+        distances = nearest(images, real)
+        with torch.no_grad():
+            macs = multiplications(lambda: sample(1, torch.Generator(device).manual_seed(0)))  # noqa: B023
+            network = {k: torch.zeros(1, *shape[1:], device=device) for k in ("sample", "structure")}
+            if pipeline.autoencoder is None if hasattr(pipeline, "autoencoder") else True:
+                del network["structure"]
+            one = multiplications(lambda: pipeline.unet(**network, timestep=torch.tensor([100.0], device=device)))  # noqa: B023
+        row = {"method": method, "seed": seed, "name": name, "calls": calls, "nfe_eq": macs / one, "macs": macs}
+        row |= {
+            **scorer(images),
+            "nearest": distances.mean().item(),
+            "copies": (distances < near).float().mean().item(),
+        }
+        rows.append(row)
+        print(f"{method}:{seed}, {name}: Fréchet {row['frechet']:.1f}, {row['nfe_eq']:.2f} NFE-eq", flush=True)
+        if options.grids:
+            save_grid(images[:64], f"{options.grids}/{method}-{seed}-{name}.png".replace(" ", "_"))
+
+    # Time: all arms in turn, again and again; those of one method and different seeds are the same work.
+    seconds: dict[tuple, list[float]] = {}
+    for turn in range(options.runs + 1):
+        for (method, _, name), (_, calls, sample) in {(m, 0, n): run for (m, s, n), run in runs.items()}.items():
+            if calls > options.slow_calls and turn > 1:
+                continue
+            for batch in (1, options.time_batch):
+                generator = torch.Generator(device).manual_seed(turn)
+                began = time.perf_counter()
+                with torch.no_grad():
+                    sample(batch, generator).cpu()
+                if turn > 0:  # the first warms up
+                    seconds.setdefault((method, name, batch), []).append((time.perf_counter() - began) / batch)
+    for row in rows[1:]:
+        row["seconds"] = statistics.median(seconds[row["method"], row["name"], options.time_batch])
+        row["seconds_alone"] = statistics.median(seconds[row["method"], row["name"], 1])
+    return {
+        "bench": "pixel_aware",
+        "title": options.title,
+        "size": list(size),
+        "images": options.images,
+        "slow": [options.slow_calls, options.slow_images],
+        "runs": options.runs,
+        "time_batch": options.time_batch,
+        "train_images": len(real),
+        "seed": options.seed,
+        "models": models,
+        **scorer.description,
+        **report.surroundings(options.threads),
+        "rows": rows,
+    }
+
+
+def save_grid(images, path: str) -> None:
+    """uint8 [N, H, W, C] as rows of eight."""
+    from pathlib import Path
+
+    from diffusers import DiffusionPipeline
+
+    from pyrdiff.training.previews import save_grid
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    pictures = DiffusionPipeline.numpy_to_pil(images / 255)
+    save_grid([pictures[first : first + 8] for first in range(0, len(pictures), 8)], Path(path))
+
+
+def grouped(result: dict) -> dict[tuple, list[dict]]:
+    """Rows of all seeds by (method, arm)."""
+    found: dict[tuple, list[dict]] = {}
+    for row in result["rows"][1:]:
+        found.setdefault((row["method"], row["name"]), []).append(row)
+    return found
+
+
+def table(result: dict) -> str:
+    slow_calls, slow_images = result["slow"]
+    lines = [
+        f"{result['title']} {result['size'][0]}x{result['size'][1]}, {result['images']} samples an arm and seed "
+        f"({slow_images} of arms with more than {slow_calls} calls, whose Fréchet distance is then biased up); Fréchet "
+        f"distance, precision and recall of {result['features']} features against "
+        f"{result['compared_with']['frechet']} unseen images: the mean over seeds and each seed's value. NFE-eq: "
+        "multiply-adds of everything run, over those of one call of the row's own UNet. Nearest: RMS difference of a "
+        f"sample to the nearest of {result['train_images']} training images; copies: the share of samples nearer than "
+        f"99 % of unseen images are. Seconds an image, the median of {result['runs']} turns through all arms, in "
+        f"batches of {result['time_batch']} and alone. Seed {result['seed']}. {report.caption(result)}",
+        "",
+        "| model | sampled by | calls | NFE-eq | Fréchet | precision, recall | nearest | copies | s an image | alone |",
+        "|---" * 10 + "|",
+    ]
+    held = result["rows"][0]
+    lines.append(
+        f"| unseen images | | | | {held['frechet']:.1f} | {held['precision_recall'][0]:.2f}, "
+        f"{held['precision_recall'][1]:.2f} | {held['nearest']:.3f} | {held['copies']:.2f} | | |"
+    )
+    for (method, name), rows in grouped(result).items():
+
+        def mean(key, rows=rows):
+            return statistics.mean(row[key] for row in rows)
+
+        values = ", ".join(f"{row['frechet']:.1f}" for row in rows)
+        each = f" ({values})" if len(rows) > 1 else ""
+        sides = [statistics.mean(row["precision_recall"][k] for row in rows) for k in (0, 1)]
+        lines.append(
+            f"| {method} | {name} | {rows[0]['calls']} | {mean('nfe_eq'):.2f} | {mean('frechet'):.1f}{each} | "
+            f"{sides[0]:.2f}, {sides[1]:.2f} | {mean('nearest'):.3f} | {mean('copies'):.2f} | {mean('seconds'):.4f} | "
+            f"{mean('seconds_alone'):.4f} |"
+        )
+    lines += ["", "| model | parameters | training: steps, images seen, minutes |", "|---|---|---|"]
+    for name, model in result["models"].items():
+        sizes = " + ".join(f"{part} {count / 1e6:.2f}M" for part, count in model["parameters"].items())
+        trained = model["training"]
+        shown = f"{trained['steps']}, {trained['images']}, {trained['minutes']:.0f}" if trained else "-"
+        lines.append(f"| {name} | {sizes} | {shown} |")
+    return "\n".join(lines)
+
+
+def plot(result: dict, path) -> None:
+    """Fréchet distance against seconds an image, a curve for each method, its seeds as points."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    found = grouped(result)
+    for method in dict.fromkeys(method for method, _ in found):
+        arms = [rows for (m, _), rows in found.items() if m == method and rows[0]["calls"]]
+        arms.sort(key=lambda rows: rows[0]["seconds"])
+        line = axes.plot(
+            [1000 * statistics.mean(row["seconds"] for row in rows) for rows in arms],
+            [statistics.mean(row["frechet"] for row in rows) for rows in arms],
+            label=method,
+        )[0]
+        points = [(1000 * row["seconds"], row["frechet"]) for rows in arms for row in rows]
+        axes.plot(*zip(*points, strict=True), "o", color=line.get_color(), markersize=3)
+    axes.axhline(result["rows"][0]["frechet"], color="gray", linestyle=":", label="unseen images")
+    axes.set(
+        xscale="log", yscale="log", xlabel="milliseconds an image", ylabel=f"Fréchet distance, {result['features']}"
+    )
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", required=True, nargs="+", help="METHOD:SEED=FOLDER of exported pipelines")
+    parser.add_argument("--reference", required=True, help="images that the models have not seen")
+    parser.add_argument("--array_key", help="array of an .npz reference")
+    parser.add_argument("--train", required=True, help="images that they were trained on")
+    parser.add_argument("--train_key", help="array of an .npz of those")
+    parser.add_argument("--train_images", type=int, default=20_000, help="of them, at most, for nearest neighbours")
+    parser.add_argument("--images", type=int, default=1000, help="samples of each arm")
+    parser.add_argument("--slow_calls", type=int, default=20, help="calls above which an arm makes --slow_images only")
+    parser.add_argument("--slow_images", type=int, default=300)
+    parser.add_argument("--held", type=int, default=1000, help="real images scored like samples")
+    parser.add_argument("--reference_images", type=int, default=9000)
+    parser.add_argument("--features", default="squeezenet")
+    parser.add_argument("--weights", help="of the feature network")
+    parser.add_argument("--resamples", type=int, default=20)
+    parser.add_argument("--only", nargs="*", help="arms in whose 'METHOD, ARM' is one of these")
+    parser.add_argument("--batch_size", type=int, default=100)
+    parser.add_argument("--time_batch", type=int, default=16)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--grids", help="folder for images to look at")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--title", default="Images,", help="what the table says first")
+    parser.add_argument("--output", required=True, help="JSON to write")
+    options = parser.parse_args()
+    report.save(measure(options), options.output)
+
+
+if __name__ == "__main__":
+    main()

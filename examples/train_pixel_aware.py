@@ -1,0 +1,23 @@
+"""
+Train a model that generates in one network call (pixel-aware diffusion) on a folder of images:
+
+    accelerate launch examples/train_pixel_aware.py --train_data_dir my_images --resolution 64 --minutes 60
+
+An autoencoder of structures is trained first and its prior fitted, then the network; the same command run again resumes
+where it was. Every part is in its own room: the flags, networks, noise process and losses in
+`pyrdiff/methods/pixel_aware.py`, the loop in `pyrdiff/training/loop.py`.
+"""
+
+from pyrdiff.methods.pixel_aware import METHOD
+from pyrdiff.training.settings import parse, run
+
+
+def main() -> None:
+    settings = parse(METHOD.settings, METHOD.summary)
+    from pyrdiff.training.loop import train
+
+    train(METHOD, settings)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,604 @@
+"""The pixel-aware noise process (paper X): every pixel has a rate of its own, the brighter the faster."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.utils import BaseOutput, logging
+from diffusers.utils.torch_utils import randn_tensor
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class PixelAwareSchedulerOutput(BaseOutput):
+    """
+    Args:
+        prev_sample: [B, C, H, W], the sample at the earlier timestep.
+        pred_original_sample: [B, C, H, W], the clean estimate, in [epsilon, 1] up to the network's error.
+    """
+
+    prev_sample: torch.Tensor
+    pred_original_sample: torch.Tensor | None = None
+
+
+class PixelAwareScheduler(SchedulerMixin, ConfigMixin):
+    r"""
+    Diffusion whose rate differs from pixel to pixel (paper X). Images are in [epsilon, 1] (see `to_range`). Timesteps
+    are the paper's: i = 0 is the clean image, i = T noise; between whole ones numbers are allowed.
+
+    With a = the brightness that the rate follows, r = gamma * (a + floor) and u = i / T:
+
+        alpha_bar_i = exp(-r * u ** ramp_power)                                        (eq. 9: floor 0, ramp_power 1)
+        x_i = sqrt(alpha_bar_i) * x_0 + sqrt(1 - alpha_bar_i) * noise                  (eq. 3)
+
+    `mode="structure"`: a is a *structure* that is known when sampling, too (a `ScaleAutoencoder` decodes it), so the
+    chain is an ordinary Gaussian one and the reverse step, in posterior form, is exact. `mode="paper"`: a is the image
+    itself, estimated when sampling, and algorithm 1 is integrated as printed (`step_paper`); that diverges, since what
+    it adds at every step is divided by sqrt(alpha_bar) in the end: the error's standard deviation at a pixel is about
+    exp(gamma * x_0 / 2).
+
+    Everything is computed in logarithms with `expm1`, so that float32 suffices for gamma up to 60.
+
+    Args:
+        num_train_timesteps: T (paper: 200 at gamma 20, 500 at gamma 50).
+        gamma: The rate of a pixel of brightness 1 without floor.
+        floor: Added to the brightness, so that dark pixels become noise as well: gamma * floor from 2 up suffices. By
+            default 0.1, and 0, the paper's, in mode "paper".
+        ramp_power: 1 is the paper's, whose first step already has noise of 0.31 at brightness 1; 2 its appendix B. By
+            default 3, and 1 in mode "paper".
+        epsilon: The darkest value of an image.
+        eta: The share of a posterior step's noise that is fresh: 1 ancestral, 0 deterministic.
+        residual_std: RMS of image minus structure, for `precondition` and `prior_sample`; the trainer fits it.
+        mode: See above.
+        schedule: "pixel", or "uniform" for the rate gamma / 2 at every pixel (an ablation).
+    """
+
+    _compatibles = []
+    order = 1
+    BY_MODE = {"structure": {"floor": 0.1, "ramp_power": 3.0}, "paper": {"floor": 0.0, "ramp_power": 1.0}}
+    ENOUGH = 2.0  # gamma * floor from which what x_T tells of the image is below 0.02 nats a pixel
+    MOST = 80.0  # exp of the largest rate is a float32
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 200,
+        gamma: float = 20.0,
+        floor: float | None = None,
+        ramp_power: float | None = None,
+        epsilon: float = 4e-3,
+        eta: float = 1.0,
+        residual_std: float = 0.1,
+        mode: Literal["structure", "paper"] = "structure",
+        schedule: Literal["pixel", "uniform"] = "pixel",
+    ):
+        if mode not in self.BY_MODE:
+            raise ValueError(f"mode={mode!r}: expected one of {tuple(self.BY_MODE)}")
+        if schedule not in ("pixel", "uniform"):
+            raise ValueError(f"schedule={schedule!r}: expected 'pixel' or 'uniform'")
+        floor = self.BY_MODE[mode]["floor"] if floor is None else floor
+        ramp_power = self.BY_MODE[mode]["ramp_power"] if ramp_power is None else ramp_power
+        whole = isinstance(num_train_timesteps, int) and not isinstance(num_train_timesteps, bool)
+        if not whole or num_train_timesteps < 1:
+            raise ValueError(f"num_train_timesteps={num_train_timesteps!r}: expected a whole number from 1 up")
+        if not 0 <= floor < math.inf:
+            raise ValueError(f"floor={floor}: expected a number from 0 up")
+        if not 0 < gamma * (1 + floor) <= self.MOST:
+            raise ValueError(f"gamma={gamma}, floor={floor}: expected gamma * (1 + floor) above 0, up to {self.MOST}")
+        if not 0 < ramp_power < math.inf:
+            raise ValueError(f"ramp_power={ramp_power}: expected a number above 0")
+        if not 0 < epsilon < 1:
+            raise ValueError(f"epsilon={epsilon}: expected a number between 0 and 1")
+        if not 0 < residual_std < math.inf:
+            raise ValueError(f"residual_std={residual_std}: expected a number above 0")
+        self._check_eta(eta)
+        self.register_to_config(floor=floor, ramp_power=ramp_power)
+        if mode == "structure" and schedule == "pixel" and gamma * floor < self.ENOUGH:
+            left = math.exp(-gamma * (epsilon + floor))
+            gap = self._gap(torch.tensor(epsilon, dtype=torch.float64), torch.tensor(left, dtype=torch.float64))
+            logger.warning(
+                f"gamma={gamma}, floor={floor}: dark pixels keep {left:.0%} of their variance at the last step, "
+                f"{gap.item():.3g} nats a pixel from N(0, I), so noise still shows the image; gamma * floor from "
+                f"{self.ENOUGH:g} up closes the gap (see `prior_gap_report`)"
+            )
+        self.init_noise_sigma = 1.0
+        self.num_inference_steps = None
+        self.timesteps = torch.arange(num_train_timesteps, 0, -1)
+
+    def __len__(self) -> int:
+        return self.config.num_train_timesteps
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        return [cls]
+
+    @staticmethod
+    def _check_eta(eta: float) -> None:
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta={eta}: expected a number in [0, 1]")
+
+    # Ranges.
+
+    def to_range(self, images: torch.Tensor) -> torch.Tensor:
+        """Images in [0, 1], any shape, to [epsilon, 1]."""
+        return self.config.epsilon + (1 - self.config.epsilon) * images
+
+    def from_range(self, images: torch.Tensor) -> torch.Tensor:
+        """Images in [epsilon, 1] to [0, 1]; not clipped."""
+        return (images - self.config.epsilon) / (1 - self.config.epsilon)
+
+    def check_images(self, name: str, images: torch.Tensor) -> None:
+        """Raises `ValueError` unless all values are in [epsilon, 1], up to rounding. Waits for a GPU."""
+        lowest, highest = images.amin().item(), images.amax().item()
+        if not (self.config.epsilon - 1e-6 <= lowest and highest <= 1 + 1e-6):
+            raise ValueError(
+                f"{name} has values from {lowest:.3g} to {highest:.3g}: expected [{self.config.epsilon:g}, 1]; of "
+                "images in [0, 1], `to_range` makes such"
+            )
+
+    # The process: rates, and what follows from them.
+
+    def rate(self, structure: torch.Tensor) -> torch.Tensor:
+        """r of a structure, of any shape, in [epsilon, 1]: gamma * (structure + floor), or gamma / 2 if uniform."""
+        if self.config.schedule == "uniform":
+            return torch.full_like(structure, self.config.gamma / 2)
+        return self.config.gamma * (structure + self.config.floor)
+
+    def image_scale(self, original: torch.Tensor) -> torch.Tensor:
+        """x_delta of an image (eq. 7), of the same shape: exp(-r), what is left of the signal's power at i = T."""
+        return (-self.rate(original)).exp()
+
+    def log_alpha_bar(self, rate: torch.Tensor, timestep: int | float | torch.Tensor) -> torch.Tensor:
+        """log(alpha_bar_i), eq. 9, of a rate [B, ...] at a timestep in [0, T], a number or [B]."""
+        return -rate * self._ramp(timestep, rate)
+
+    def _ramp(self, timestep: int | float | torch.Tensor, like: torch.Tensor) -> torch.Tensor | float:
+        """(i / T) ** ramp_power, shaped to be multiplied with `like` [B, ...]."""
+        if isinstance(timestep, torch.Tensor):
+            if timestep.device.type == "cpu":  # checking elsewhere would wait for a GPU
+                self._check_timestep(timestep.amin().item(), timestep.amax().item())
+            u = timestep.to(like.device, like.dtype) / len(self)
+            u = u.reshape(-1, *[1] * (like.ndim - 1)) if u.ndim else u
+            if u.ndim and len(u) not in (1, len(like)):
+                raise ValueError(f"timestep has shape {tuple(timestep.shape)}: expected a number or ({len(like)},)")
+            return u**self.config.ramp_power
+        self._check_timestep(timestep, timestep)
+        return (timestep / len(self)) ** self.config.ramp_power
+
+    def _check_timestep(self, lowest: float, highest: float) -> None:
+        if not (0 <= lowest and highest <= len(self)):
+            value = lowest if lowest == highest else f"{lowest}..{highest}"
+            raise ValueError(f"timestep={value}: expected numbers from 0 to {len(self)}")
+
+    def _rate_of(self, structure: torch.Tensor | None, original: torch.Tensor) -> torch.Tensor:
+        """The rate of the structure, or where there is none of the image itself (eq. 9)."""
+        if structure is not None and structure.shape != original.shape:
+            raise ValueError(f"structure has shape {tuple(structure.shape)}: expected {tuple(original.shape)}")
+        return self.rate(original if structure is None else structure)
+
+    def snr(
+        self, original: torch.Tensor, timestep: int | float | torch.Tensor, structure: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x_0 ** 2 * alpha_bar / (1 - alpha_bar) (eq. 11) of images [B, ...]; infinite at timestep 0."""
+        log = self.log_alpha_bar(self._rate_of(structure, original), timestep)
+        return original**2 / torch.expm1(-log)
+
+    def rho(self, rate: torch.Tensor, timestep, earlier_timestep) -> torch.Tensor:
+        """
+        Correlation of the noises at two timesteps i >= j of one chain, shaped as the rate [B, ...]: sqrt(S_j / S_i)
+        with S = 1 / alpha_bar - 1. E[noise_j | x_i, x_0] is rho times the noise at i.
+        """
+        late, early = self._ramp(timestep, rate), self._ramp(earlier_timestep, rate)
+        square = (-rate * (late - early)).exp() * torch.expm1(-rate * early) / torch.expm1(-rate * late)
+        return square.clamp(0, 1).sqrt()
+
+    def add_noise(
+        self,
+        original_samples: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: int | float | torch.Tensor,
+        structure: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        x_i of images [B, C, H, W] in [epsilon, 1] (eq. 3): `noise` of the same shape, timesteps a number or [B]. The
+        rate follows `structure`, by default the images themselves (eq. 9).
+
+        Raises:
+            ValueError: for shapes that do not fit, timesteps beyond [0, T] or, on the CPU, values beyond [epsilon, 1].
+        """
+        if original_samples.device.type == "cpu":
+            self.check_images("original_samples", original_samples)
+        log = self.log_alpha_bar(self._rate_of(structure, original_samples), timesteps)
+        return (log / 2).exp() * original_samples + (-torch.expm1(log)).sqrt() * noise
+
+    def get_velocity(
+        self,
+        sample: torch.Tensor,
+        noise: torch.Tensor,
+        timesteps: int | float | torch.Tensor,
+        structure: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """sqrt(alpha_bar) * noise - sqrt(1 - alpha_bar) * sample; arguments as of `add_noise`."""
+        log = self.log_alpha_bar(self._rate_of(structure, sample), timesteps)
+        return (log / 2).exp() * noise - (-torch.expm1(log)).sqrt() * sample
+
+    def sample_path(
+        self,
+        original: torch.Tensor,
+        timesteps: Sequence[int],
+        structure: torch.Tensor | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        States of one chain at several timesteps, in law what stepping through all of them gives. The noise part of x_j
+        is sqrt(alpha_bar_j) times a Brownian motion at S_j = 1 / alpha_bar_j - 1, so only the timesteps asked for cost.
+
+        Args:
+            original: [B, C, H, W] in [epsilon, 1].
+            timesteps: Ascending numbers from above 0 up to T.
+            structure: As for `add_noise`.
+            generator: One, or one for each image.
+
+        Returns:
+            The states, and their noises of eq. 3, each [len(timesteps), B, C, H, W].
+        """
+        times = [float(time) for time in timesteps]
+        if not times or times != sorted(set(times)) or times[0] <= 0 or times[-1] > len(self):
+            raise ValueError(f"timesteps={list(timesteps)}: expected ascending numbers above 0, up to {len(self)}")
+        self.check_images("original", original)
+        rate = self._rate_of(structure, original)
+        samples, noises, motion, before = [], [], torch.zeros_like(original), 0.0
+        for time in times:
+            ramp = self._ramp(time, rate)
+            white = randn_tensor(original.shape, generator=generator, device=original.device, dtype=original.dtype)
+            increment = (rate * before).exp() * torch.expm1(rate * (ramp - before))
+            motion = motion + increment.sqrt() * white
+            noises.append(motion / torch.expm1(rate * ramp).sqrt())
+            log = -rate * ramp
+            samples.append((log / 2).exp() * original + (-torch.expm1(log)).sqrt() * noises[-1])
+            before = ramp
+        return torch.stack(samples), torch.stack(noises)
+
+    # What a network predicts, and what follows from its prediction in closed form.
+
+    def precondition(
+        self, sample: torch.Tensor, timestep: int | float | torch.Tensor, structure: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """
+        EDM's preconditioning pixel by pixel, with the structure as the mean of the prior and `residual_std` as its
+        spread. With (input, skip, scale), each [B, C, H, W]: the clean estimate is skip + scale * network(input).
+        """
+        log = self.log_alpha_bar(self._rate_of(structure, sample), timestep)
+        signal, noise_power, power = (log / 2).exp(), -torch.expm1(log), self.config.residual_std**2
+        variance = signal**2 * power + noise_power
+        deviation = sample - signal * structure
+        skip = structure + signal * power / variance * deviation
+        return deviation / variance.sqrt(), skip, self.config.residual_std * (noise_power / variance).sqrt()
+
+    def noise_of(
+        self,
+        sample: torch.Tensor,
+        clean: torch.Tensor,
+        timestep: int | float | torch.Tensor,
+        structure: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The noise of eq. 3 in a sample [B, C, H, W], if `clean` is its image."""
+        log = self.log_alpha_bar(self._rate_of(structure, clean), timestep)
+        return (sample - (log / 2).exp() * clean) / (-torch.expm1(log)).sqrt()
+
+    def tied_noise(
+        self,
+        sample: torch.Tensor,
+        clean: torch.Tensor,
+        timestep: int | float | torch.Tensor,
+        steps: Sequence[int],
+        structure: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Z^j for all steps j asked for, [len(steps), B, C, H, W]: the expected noises at j given a sample at timestep i
+        and its clean estimate, rho_ji times the noise at i; 0 for j > i (the mask of eq. 14). Needs no network.
+        """
+        self._check_steps(steps)
+        rate, noise = self._rate_of(structure, clean), self.noise_of(sample, clean, timestep, structure)
+        at = torch.as_tensor(timestep, device=sample.device, dtype=rate.dtype).expand(len(sample))
+        found = []
+        for step in steps:
+            early = at.clamp(max=step)
+            kept = (at >= step).to(rate.dtype).reshape(-1, *[1] * (rate.ndim - 1))
+            found.append(self.rho(rate, at, early) * noise * kept)
+        return torch.stack(found)
+
+    def trajectory(
+        self,
+        clean: torch.Tensor,
+        noises: torch.Tensor,
+        steps: Sequence[int],
+        structure: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The states [len(steps), B, C, H, W] of eq. 3 that an image and noises [len(steps), B, C, H, W] make."""
+        self._check_steps(steps)
+        if len(noises) != len(steps):
+            raise ValueError(f"noises has shape {tuple(noises.shape)}: expected {len(steps)} first, one for each step")
+        rate, states = self._rate_of(structure, clean), []
+        for step, noise in zip(steps, noises, strict=True):
+            log = self.log_alpha_bar(rate, step)
+            states.append((log / 2).exp() * clean + (-torch.expm1(log)).sqrt() * noise)
+        return torch.stack(states)
+
+    def _check_steps(self, steps: Sequence[int]) -> None:
+        for step in steps:
+            if isinstance(step, bool) or not isinstance(step, int) or not 1 <= step <= len(self):
+                raise ValueError(f"steps: got {step!r}; expected whole numbers from 1 to {len(self)}")
+
+    # The reverse process.
+
+    def prior_sample(
+        self, structure: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> torch.Tensor:
+        """x_T of a structure [B, C, H, W], as images of spread `residual_std` about it are distributed there."""
+        log = self.log_alpha_bar(self.rate(structure), len(self))
+        white = randn_tensor(structure.shape, generator=generator, device=structure.device, dtype=structure.dtype)
+        spread = (log.exp() * self.config.residual_std**2 - torch.expm1(log)).sqrt()
+        return (log / 2).exp() * structure + spread * white
+
+    def scale_model_input(self, sample: torch.Tensor, timestep: int | None = None) -> torch.Tensor:
+        """The sample as it is; `precondition` makes what a network sees."""
+        return sample
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        timesteps: Sequence[int] | None = None,
+    ) -> None:
+        """The steps to run: so many, evenly spaced from T down, or these descending `timesteps` in [1, T]."""
+        if (num_inference_steps is None) == (timesteps is None):
+            raise ValueError(
+                f"num_inference_steps={num_inference_steps}, timesteps={timesteps}: expected one of the two"
+            )
+        if timesteps is not None:
+            times = list(timesteps)
+            self._check_steps(times)
+            if not times or times != sorted(set(times), reverse=True):
+                raise ValueError(f"timesteps={times}: expected descending whole numbers")
+        else:
+            whole = isinstance(num_inference_steps, int) and not isinstance(num_inference_steps, bool)
+            if not whole or not 1 <= num_inference_steps <= len(self):
+                raise ValueError(
+                    f"num_inference_steps={num_inference_steps!r}: expected a whole number from 1 to {len(self)}"
+                )
+            times = [round(len(self) * k / num_inference_steps) for k in range(num_inference_steps, 0, -1)]
+        self.num_inference_steps = len(times)
+        self.timesteps = torch.tensor(times, device=device)
+        self._next = dict(zip(times, [*times[1:], 0], strict=True))
+
+    def previous_timestep(self, timestep: int) -> int:
+        """The timestep that a step leads to (before `set_timesteps`: of the training process); 0 after the last."""
+        if self.num_inference_steps is None:
+            return int(timestep) - 1
+        if int(timestep) not in self._next:
+            raise ValueError(f"timestep={timestep}: expected one of `timesteps`, {list(self._next)}")
+        return self._next[int(timestep)]
+
+    def step(
+        self,
+        model_output: torch.Tensor,
+        timestep: int | torch.Tensor,
+        sample: torch.Tensor,
+        structure: torch.Tensor | None = None,
+        prev_timestep: int | None = None,
+        eta: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> PixelAwareSchedulerOutput | tuple:
+        """
+        One reverse step to any earlier timestep k, in posterior form: no division by sqrt(alpha_bar), so an error of
+        the clean estimate arrives as it is and nothing grows. With the noise e of the sample and rho of i and k:
+
+            x_k = sqrt(alpha_bar_k) * clean
+                  + sqrt(1 - alpha_bar_k) * (sqrt(1 - eta^2 (1 - rho^2)) * e + eta * sqrt(1 - rho^2) * fresh noise)
+
+        which is eq. 4's posterior at eta = 1 and DDIM at eta = 0.
+
+        Args:
+            model_output: [B, C, H, W], the clean estimate.
+            timestep: i, in [1, T].
+            sample: [B, C, H, W], x_i.
+            structure: What the rate follows; by default the clean estimate, as in the paper.
+            prev_timestep: k, in [0, i); by default the next of `timesteps`. At 0 the result is the clean estimate.
+            eta: By default the config's.
+            generator: One, or one for each image.
+            return_dict: Whether to return an output object or the tuple (prev_sample, pred_original_sample).
+        """
+        prev = self.previous_timestep(timestep) if prev_timestep is None else prev_timestep
+        if not 0 <= prev < timestep:
+            raise ValueError(f"prev_timestep={prev}: expected a number from 0 to below timestep={int(timestep)}")
+        if model_output.shape != sample.shape:
+            raise ValueError(f"model_output has shape {tuple(model_output.shape)}: expected {tuple(sample.shape)}")
+        eta = self.config.eta if eta is None else eta
+        self._check_eta(eta)
+        dtype, work = sample.dtype, torch.promote_types(sample.dtype, torch.float32)
+        clean, sample = model_output.to(work), sample.to(work)
+        prev_sample = clean
+        if prev > 0:
+            structure = structure if structure is None else structure.to(work)
+            rate, noise = self._rate_of(structure, clean), self.noise_of(sample, clean, timestep, structure)
+            late, early = self._ramp(timestep, rate), self._ramp(prev, rate)
+            fresh = torch.expm1(-rate * (late - early)) / torch.expm1(-rate * late)  # 1 - rho ** 2
+            noise = (1 - eta**2 * fresh).sqrt() * noise
+            if eta > 0:
+                white = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=work)
+                noise = noise + eta * fresh.sqrt() * white
+            log = -rate * early
+            prev_sample = (log / 2).exp() * clean + (-torch.expm1(log)).sqrt() * noise
+        prev_sample, clean = prev_sample.to(dtype), clean.to(dtype)
+        if not return_dict:
+            return prev_sample, clean
+        return PixelAwareSchedulerOutput(prev_sample=prev_sample, pred_original_sample=clean)
+
+    # Algorithm 1 of the paper.
+
+    def _paper_terms(self, rate: torch.Tensor, step: int) -> tuple[torch.Tensor, ...]:
+        """alpha_j, 1 - alpha_j, alpha_bar_j, 1 - alpha_bar_j, and eq. 4's variance, at a whole step."""
+        log, log_prev = self.log_alpha_bar(rate, step), self.log_alpha_bar(rate, step - 1)
+        beta, rest = -torch.expm1(log - log_prev), -torch.expm1(log)
+        return (log - log_prev).exp(), beta, log.exp(), rest, -torch.expm1(log_prev) / rest * beta
+
+    def _check_reading(self, reading: str) -> None:
+        if reading not in ("A", "B"):
+            raise ValueError(f"reading={reading!r}: expected 'A' or 'B'")
+
+    def step_paper(
+        self,
+        noise: torch.Tensor,
+        timestep: int,
+        sample: torch.Tensor,
+        structure: torch.Tensor,
+        reading: Literal["A", "B"] = "A",
+        eta: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """
+        Line 9 of algorithm 1, from step j to j - 1.
+
+        Args:
+            noise: Z^j, [B, C, H, W].
+            timestep: j, a whole number in [1, T].
+            sample: [B, C, H, W], x_j.
+            structure: [B, C, H, W], the image that the rates follow: exact, or estimated.
+            reading: "A": Z^j is the noise of eq. 3 and its factor (1 - alpha_j) / sqrt(1 - alpha_bar_j), as in eq. 4
+                and 15. "B", as line 9 is printed: Z^j is the noise of one step (eq. 2), its factor sqrt(1 - alpha_j).
+            eta: Factor on the fresh noise, by default the config's; 1 is the paper's.
+            generator: One, or one for each image.
+        """
+        self._check_reading(reading)
+        self._check_steps([timestep])
+        eta = self.config.eta if eta is None else eta
+        self._check_eta(eta)
+        alpha, beta, _, rest, variance = self._paper_terms(self._rate_of(structure, sample), timestep)
+        factor = beta / rest.sqrt() if reading == "A" else beta.sqrt()
+        prev_sample = (sample - factor * noise) / alpha.sqrt()
+        if eta > 0 and timestep > 1:
+            white = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+            prev_sample = prev_sample + eta * variance.sqrt() * white
+        return prev_sample
+
+    def collapse(
+        self,
+        noises: torch.Tensor,
+        sample: torch.Tensor,
+        structure: torch.Tensor,
+        reading: Literal["A", "B"] = "A",
+        eta: float | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+    ) -> torch.Tensor:
+        """
+        All of algorithm 1's steps from i to 0 at once: since no Z^j depends on the state, its result is a weighted sum
+        of them and one Gaussian,
+
+            x_0 = x_i / sqrt(alpha_bar_i) - sum_j w_j Z^j + eta * sqrt(V_i) * noise
+
+        with line 9's factors in w_j = factor_j / sqrt(alpha_bar_j), and V_i = sum_{j=2..i} variance_j / alpha_bar_{j-1}
+        (see `fresh_variance`).
+
+        Args:
+            noises: Z^1 ... Z^i, [i, B, C, H, W].
+            sample: [B, C, H, W], x_i.
+            structure, reading, eta, generator: As for `step_paper`.
+        """
+        self._check_reading(reading)
+        if noises.ndim != sample.ndim + 1 or not 1 <= len(noises) <= len(self):
+            raise ValueError(
+                f"noises has shape {tuple(noises.shape)}: expected [i, *{tuple(sample.shape)}], i to {len(self)}"
+            )
+        eta = self.config.eta if eta is None else eta
+        self._check_eta(eta)
+        rate, total = self._rate_of(structure, sample), torch.zeros_like(sample)
+        for step, noise in enumerate(noises, start=1):
+            _, beta, alpha_bar, rest, _ = self._paper_terms(rate, step)
+            total += (beta / rest.sqrt() if reading == "A" else beta.sqrt()) / alpha_bar.sqrt() * noise
+        found = sample * (rate * self._ramp(len(noises), rate) / 2).exp() - total
+        if eta > 0 and len(noises) > 1:
+            white = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+            found = found + eta * self.fresh_variance(rate, len(noises)).sqrt() * white
+        return found
+
+    def fresh_variance(self, rate: torch.Tensor, timestep: int) -> torch.Tensor:
+        """V_i: the variance that algorithm 1's own noise has at x_0, shaped as the rate; up to 1 / alpha_bar_i - 1."""
+        self._check_steps([timestep])
+        total = torch.zeros_like(rate)
+        for step in range(2, timestep + 1):
+            total += self._paper_terms(rate, step)[4] * (-self.log_alpha_bar(rate, step - 1)).exp()
+        return total
+
+    # What x_T tells of the image.
+
+    @staticmethod
+    def _gap(value: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+        """KL(q(x_T | x_0) || N(0, 1)) in nats, of pixels with `left` = alpha_bar_T."""
+        return 0.5 * (-left + value**2 * left - torch.log1p(-left))
+
+    def prior_gap_report(self, images: torch.Tensor, tolerance: float = 1e-3) -> dict[str, float]:
+        """
+        How far x_T of images is from N(0, I), where the paper starts, the images themselves setting the rates.
+
+        Args:
+            images: [B, C, H, W] in [epsilon, 1].
+            tolerance: Nats a pixel at which the gap counts as closed.
+
+        Returns:
+            Nats: `kl_per_pixel` and `kl_per_image`, KL(q(x_T | x_0) || N(0, I)); `worst_pixel`, that of the worst;
+            `information_per_pixel` and `information_per_image`, the mutual information of x_0 and x_T if pixels were
+            independent, from the histogram of values; and `floor_needed` at this gamma and `gamma_needed` at this
+            floor, the least with which `kl_per_pixel` is within the tolerance (`gamma_needed` can be infinite).
+        """
+        if images.ndim != 4 or not images.numel():
+            raise ValueError(f"images has shape {tuple(images.shape)}: expected [B, C, H, W]")
+        self.check_images("images", images)
+        levels = 256
+        scaled = (self.from_range(images.double().clamp(self.config.epsilon, 1)) * (levels - 1)).round().long()
+        share = torch.bincount(scaled.flatten(), minlength=levels).double() / scaled.numel()
+        values = self.to_range(torch.linspace(0, 1, levels, dtype=torch.float64))
+        values, share = values[share > 0], share[share > 0]
+        left = self.image_scale(values)
+        gap = self._gap(values, left)
+
+        # Mutual information: the entropy of the mixture of all values' x_T, less the mean of their own.
+        grid = torch.linspace(-8, 8, 8001, dtype=torch.float64)
+        variance = -torch.expm1(left.log())
+        distance = (grid[:, None] - left.sqrt() * values).square() / variance
+        density = (share * (-0.5 * distance).exp() / (2 * math.pi * variance).sqrt()).sum(1)
+        entropy = -torch.special.xlogy(density, density).sum() * (grid[1] - grid[0])
+        information = (entropy - (share * 0.5 * (2 * math.pi * math.e * variance).log()).sum()).clamp(min=0)
+
+        def mean_gap(gamma: float, floor: float) -> float:
+            left = (-gamma * (values + floor)).exp().clamp(max=1 - 1e-15)
+            return (share * self._gap(values, left)).sum().item()
+
+        def least(gap_at) -> float:
+            low, high = 0.0, 1.0
+            while gap_at(high) > tolerance:
+                low, high = high, 2 * high
+                if high > 1e6:
+                    return math.inf
+            for _ in range(60):
+                middle = (low + high) / 2
+                low, high = (middle, high) if gap_at(middle) > tolerance else (low, middle)
+            return high
+
+        gamma, floor, pixels = self.config.gamma, self.config.floor, images[0].numel()
+        needed = mean_gap(gamma, 0.0) > tolerance
+        return {
+            "kl_per_pixel": (share * gap).sum().item(),
+            "kl_per_image": (share * gap).sum().item() * pixels,
+            "worst_pixel": gap.max().item(),
+            "information_per_pixel": information.item(),
+            "information_per_image": information.item() * pixels,
+            "floor_needed": least(lambda floor: mean_gap(gamma, floor)) if needed else 0.0,
+            "gamma_needed": least(lambda gamma: mean_gap(gamma, floor)),
+        }

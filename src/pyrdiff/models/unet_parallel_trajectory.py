@@ -1,0 +1,604 @@
+"""Parallel trajectory UNet (R of paper X): one pass gives the clean image and, by its heads, noises of many steps."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers import ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
+from diffusers.utils import BaseOutput
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+PRESETS = {
+    # Appendix C for 32x32: 41.2M (section 4), of which 200 sub-networks of 18.8k. The paper says 512 and the number of
+    # levels' blocks, not the other widths: these are chosen to give its count. One head of attention, as in DDPM.
+    "paper-cifar10": dict(
+        encoder_channels=(96, 208, 208, 176),
+        decoder_channels=(176, 208, 208, 512),
+        attention_levels=(1,),
+        attention_head_dim=None,
+        num_train_timesteps=200,
+        head="literal",
+        target="noise",
+        chunk_size=50,
+    ),
+    # Appendix C for 128x128: 84.2M (section 4), of which 500 sub-networks of 18.7k. Their attention is left out: at
+    # this size it would cost 5 times all the rest.
+    "paper-celeba": dict(
+        encoder_channels=(112, 112, 192, 320, 416),
+        decoder_channels=(416, 320, 192, 192, 512),
+        attention_levels=(3,),
+        attention_head_dim=None,
+        num_train_timesteps=500,
+        head="literal",
+        head_attention=False,
+        target="noise",
+        chunk_size=25,
+    ),
+    # 64x64 in an hour on a GPU.
+    "small": dict(encoder_channels=(64, 96, 128, 160), attention_levels=(3,)),
+    # 32x32 in minutes on a CPU.
+    "mini": dict(encoder_channels=(32, 64, 96), layers_per_block=1, patch_size=2, time_embedding_dim=256),
+    # As "mini" in half the time.
+    "tiny": dict(encoder_channels=(16, 32, 64), layers_per_block=1, patch_size=2, time_embedding_dim=128),
+}
+
+TIME_CHANNELS = 128  # of the sinusoidal embedding (appendix C)
+TIME_SCALE = 1000.0  # 1000 i/T is what is embedded, so that T does not matter
+EXACTNESS = 1e-3  # how far i may lie below j for j <= i: i may be a fraction times T, rounded
+
+
+@dataclass
+class ParallelTrajectoryOutput(BaseOutput):
+    """
+    Args:
+        sample: [B, C, H, W], the (preconditioned) clean image; `None` with `target="noise"`.
+        noises: [S, B, C, H, W], Z^j for the S steps asked, zero where j > i; `None` where none was asked.
+    """
+
+    sample: torch.Tensor | None
+    noises: torch.Tensor | None = None
+
+
+class Fusion(nn.Module):
+    """Adds P_k of the time embedding and H_k of the structure to what enters a level (appendix C, item 2)."""
+
+    def __init__(self, channels: int, time_channels: int, structure_channels: int | None):
+        super().__init__()
+        self.time = nn.Sequential(nn.SiLU(), nn.Linear(time_channels, channels))
+        if structure_channels is not None:
+            width = max(channels // 4, 8)
+            self.structure = nn.Sequential(
+                nn.Conv2d(structure_channels, width, 3, padding=1), nn.SiLU(), nn.Conv2d(width, channels, 1)
+            )
+
+    def forward(self, hidden: torch.Tensor, embedding: torch.Tensor, structure: torch.Tensor | None) -> torch.Tensor:
+        """Of `hidden` [B, c, h, w], `embedding` [B, e] and `structure` [B, s, h, w] or `None`."""
+        hidden = hidden + self.time(embedding)[:, :, None, None]
+        return hidden if structure is None else hidden + self.structure(structure)
+
+    def cost(self, pixels: int) -> tuple[int, int]:
+        """Parameters, and multiplications for one image."""
+        linear = self.time[1].weight.numel()
+        convs = sum(layer.weight.numel() for layer in self.structure[::2]) if hasattr(self, "structure") else 0
+        return sum(part.numel() for part in self.parameters()), linear + convs * pixels
+
+
+class Block(nn.Module):
+    """A residual block, and self-attention after it where a level has it."""
+
+    def __init__(self, in_channels: int, out_channels: int, attention: bool, settings: dict):
+        super().__init__()
+        groups, head_dim = settings["norm_num_groups"], settings["attention_head_dim"] or out_channels
+        self.resnet = ResnetBlock2D(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            temb_channels=settings["time_embedding_dim"],
+            groups=groups,
+            dropout=settings["dropout"],
+        )
+        self.attention = None
+        if attention:
+            self.attention = Attention(
+                out_channels,
+                heads=out_channels // head_dim,
+                dim_head=head_dim,
+                norm_num_groups=groups,
+                residual_connection=True,
+                bias=True,
+            )
+
+    def forward(self, hidden: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        hidden = self.resnet(hidden, embedding)
+        return hidden if self.attention is None else self.attention(hidden)
+
+
+class Level(nn.Module):
+    """One resolution of the encoder or decoder: fusion, blocks, and the way to the next resolution."""
+
+    def __init__(self, fusion: Fusion, blocks: list[Block], resize: nn.Module | None):
+        super().__init__()
+        self.fusion, self.blocks, self.resize = fusion, nn.ModuleList(blocks), resize
+
+
+class StepConv(nn.Module):
+    """T convolutions, of which those of the steps asked are computed at once. Weight [T, out, in, k, k]."""
+
+    def __init__(self, steps: int, in_channels: int, out_channels: int, kernel: int):
+        super().__init__()
+        bound = (in_channels * kernel**2) ** -0.5  # of nn.Conv2d
+        self.weight = nn.Parameter(
+            torch.empty(steps, out_channels, in_channels, kernel, kernel).uniform_(-bound, bound)
+        )
+        self.bias = nn.Parameter(torch.empty(steps, out_channels).uniform_(-bound, bound))
+
+    def forward(self, hidden: torch.Tensor, rows: torch.Tensor, shared: bool = False) -> torch.Tensor:
+        """[B, S * out, h, w] of [B, S * in, h, w], or of one [B, in, h, w] that all steps share."""
+        weight, bias = self.weight[rows].flatten(0, 1), self.bias[rows].flatten()
+        groups = 1 if shared else len(rows)
+        return F.conv2d(hidden, weight, bias, padding=self.weight.shape[-1] // 2, groups=groups)
+
+
+class StepNorm(nn.Module):
+    """T group norms of one group each."""
+
+    def __init__(self, steps: int, channels: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(steps, channels))
+        self.bias = nn.Parameter(torch.zeros(steps, channels))
+
+    def forward(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """[B, S * c, h, w] of the same."""
+        return F.group_norm(hidden, len(rows), self.weight[rows].flatten(), self.bias[rows].flatten(), eps=1e-6)
+
+
+class StepAttention(nn.Module):
+    """T layers of self-attention with one head each."""
+
+    def __init__(self, steps: int, channels: int):
+        super().__init__()
+        self.channels = channels
+        self.norm = StepNorm(steps, channels)
+        self.query, self.key, self.value, self.out = (StepConv(steps, channels, channels, 1) for _ in range(4))
+
+    @staticmethod
+    def width(channels: int) -> int:
+        """The fused kernels of attention ask for a multiple of 8: zeros are added."""
+        return -(-channels // 8) * 8
+
+    def forward(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """[B, S * c, h, w] of the same."""
+        normed, added = self.norm(hidden, rows), self.width(self.channels) - self.channels
+
+        def tokens(layer: StepConv) -> torch.Tensor:
+            maps = layer(normed, rows).unflatten(1, (len(rows), self.channels)).flatten(3)
+            return F.pad(maps.transpose(2, 3), (0, added))
+
+        mixed = F.scaled_dot_product_attention(
+            tokens(self.query), tokens(self.key), tokens(self.value), scale=self.channels**-0.5
+        )
+        mixed = mixed[..., : self.channels].transpose(2, 3).reshape(hidden.shape)
+        return hidden + self.out(mixed, rows)
+
+
+class LowRankHead(nn.Module):
+    """Z^j = sum_k c_jk(i) B_k: basis maps B_k of the features, coefficients of the embeddings of j/T and i/T."""
+
+    WIDTH = 128
+
+    def __init__(self, features: int, channels: int, settings: dict):
+        super().__init__()
+        self.rank, self.channels = settings["rank"], channels
+        self.num_train_timesteps = settings["num_train_timesteps"]
+        self.norm = nn.GroupNorm(settings["norm_num_groups"], features)
+        self.basis = nn.Conv2d(features, self.rank * channels, 3, padding=1)
+        self.time_proj = Timesteps(TIME_CHANNELS, True, 0)
+        self.of_step = nn.Linear(TIME_CHANNELS, self.WIDTH)
+        self.of_time = nn.Linear(settings["time_embedding_dim"], self.WIDTH)
+        self.coefficients = nn.Linear(self.WIDTH, self.rank)
+
+    def prepare(self, features: torch.Tensor) -> torch.Tensor:
+        """The part that is the same for all steps."""
+        return self.basis(F.silu(self.norm(features))).unflatten(1, (self.rank, self.channels))
+
+    def forward(self, basis: torch.Tensor, embedding: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """[S, B, c, h, w] for the steps `rows + 1`."""
+        step = self.time_proj((rows + 1) * (TIME_SCALE / self.num_train_timesteps)).to(embedding.dtype)
+        hidden = self.of_step(step)[:, None] + self.of_time(F.silu(embedding))
+        return torch.einsum("sbk,bkchw->sbchw", self.coefficients(F.silu(hidden)), basis)
+
+    def cost(self, pixels: int, steps: int) -> tuple[int, int]:
+        """Parameters, and multiplications for one image."""
+        small = self.of_time.weight.numel() + steps * (self.of_step.weight.numel() + self.coefficients.weight.numel())
+        large = self.basis.weight.numel() * pixels + steps * self.rank * self.channels * pixels
+        return sum(part.numel() for part in self.parameters()), small + large
+
+
+class GroupedHead(nn.Module):
+    """Z^j by one wide convolution of the features and one small convolution for each step, around which y_j skips."""
+
+    def __init__(self, features: int, channels: int, settings: dict):
+        super().__init__()
+        steps = settings["num_train_timesteps"]
+        self.channels = channels
+        self.norm = nn.GroupNorm(settings["norm_num_groups"], features)
+        self.wide = StepConv(steps, features, channels, 3)
+        self.own = StepConv(steps, channels, channels, 3)
+
+    def prepare(self, features: torch.Tensor) -> torch.Tensor:
+        """The part that is the same for all steps."""
+        return F.silu(self.norm(features))
+
+    def forward(self, hidden: torch.Tensor, embedding: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """[S, B, c, h, w] for the steps `rows + 1`."""
+        hidden = self.wide(hidden, rows, shared=True)
+        hidden = hidden + self.own(F.silu(hidden), rows)
+        return hidden.unflatten(1, (len(rows), self.channels)).transpose(0, 1)
+
+    def cost(self, pixels: int, steps: int) -> tuple[int, int]:
+        """Parameters, and multiplications for one image."""
+        weights = sum(conv.weight[0].numel() for conv in (self.wide, self.own))
+        parameters = steps * (weights + 2 * self.channels) + sum(part.numel() for part in self.norm.parameters())
+        return parameters, steps * weights * pixels
+
+
+class LiteralHead(nn.Module):
+    """
+    The sub-networks G_j of eq. 14 (appendix C): two residual blocks with self-attention and as many channels as the
+    image has. All of them see the same features, so their first convolutions are one wide convolution, and the others
+    grouped ones; the norm before the first is shared for it. Self-attention is left out where the features have more
+    than 32x32 pixels: at 128x128 the scores of 500 sub-networks are 1611 GMAC and 268e9 numbers for an image.
+    """
+
+    MAX_PIXELS = 32 * 32
+
+    def __init__(self, features: int, channels: int, settings: dict):
+        super().__init__()
+        steps, time_channels = settings["num_train_timesteps"], settings["time_embedding_dim"]
+        self.channels = channels
+        self.norm = nn.GroupNorm(settings["norm_num_groups"], features)
+        self.shortcut = StepConv(steps, features, channels, 1)
+        self.convs = nn.ModuleList(StepConv(steps, count, channels, 3) for count in [features] + 3 * [channels])
+        self.norms = nn.ModuleList(StepNorm(steps, channels) for _ in range(3))
+        self.times = nn.ModuleList(StepConv(steps, time_channels, channels, 1) for _ in range(2))
+        attentions = 2 if settings["head_attention"] else 0
+        self.attentions = nn.ModuleList(StepAttention(steps, channels) for _ in range(attentions))
+
+    def prepare(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The part that is the same for all steps."""
+        return features, F.silu(self.norm(features))
+
+    def forward(
+        self, prepared: tuple[torch.Tensor, torch.Tensor], embedding: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        """[S, B, c, h, w] for the steps `rows + 1`."""
+        features, hidden = prepared
+        time = F.silu(embedding)[:, :, None, None]
+        attends = features[0, 0].numel() <= self.MAX_PIXELS
+
+        # 1. The first block, from the features.
+        hidden = self.convs[0](hidden, rows, shared=True) + self.times[0](time, rows, shared=True)
+        hidden = self.convs[1](F.silu(self.norms[0](hidden, rows)), rows)
+        output = self.shortcut(features, rows, shared=True) + hidden
+        for attention in self.attentions[:1] if attends else ():
+            output = attention(output, rows)
+
+        # 2. The second, each step by itself.
+        hidden = self.convs[2](F.silu(self.norms[1](output, rows)), rows) + self.times[1](time, rows, shared=True)
+        output = output + self.convs[3](F.silu(self.norms[2](hidden, rows)), rows)
+        for attention in self.attentions[1:] if attends else ():
+            output = attention(output, rows)
+        return output.unflatten(1, (len(rows), self.channels)).transpose(0, 1)
+
+    def cost(self, pixels: int, steps: int) -> tuple[int, int]:
+        """Parameters, and multiplications for one image."""
+        own = sum(part[0].numel() for name, part in self.named_parameters() if not name.startswith("norm."))
+        shared = sum(part.numel() for part in self.norm.parameters())
+        each = pixels * sum(conv.weight[0].numel() for conv in (self.shortcut, *self.convs))
+        each += sum(conv.weight[0].numel() for conv in self.times)
+        if pixels <= self.MAX_PIXELS:
+            scores = 2 * pixels**2 * StepAttention.width(self.channels)
+            each += len(self.attentions) * (4 * self.channels**2 * pixels + scores)
+        return steps * own + shared, steps * each
+
+
+HEADS = {"tied": None, "lowrank": LowRankHead, "grouped": GroupedHead, "literal": LiteralHead}
+
+
+class ParallelTrajectoryUNet2DModel(ModelMixin, ConfigMixin):
+    r"""
+    UNet that sees a noisy image, the image's structure and the time, and predicts in one pass the clean image and the
+    noises Z^j of the steps before it (paper X: R_phi, section 3.3 and appendix C).
+
+    At the input of each level of the encoder and of the decoder, mappings P_k of the time embedding and H_k of the
+    structure are added; residual blocks see the time embedding, too, as in DDPM.
+
+    Parameters:
+        image_channels (`int`, defaults to 3): Channels of the image.
+        sample_size (`int` or pair of `int`, *optional*): Height and width of images, for pipelines; any size is taken.
+        encoder_channels (sequence of `int`, defaults to `(64, 128, 192)`): Widths of the levels, finest first.
+        decoder_channels (sequence of `int`, *optional*): Widths of the levels, coarsest first; the last is the width of
+            the features that the heads see. `None`: those of the encoder, reversed.
+        layers_per_block (`int`, defaults to 2): Residual blocks of a level of the encoder. The decoder has one more.
+        attention_levels (sequence of `int`, defaults to `()`): Levels with self-attention, 0 the finest; the blocks in
+            the middle have it with the coarsest.
+        patch_size (`int`, defaults to 1): Side of the squares of pixels that enter and leave as channels.
+        norm_num_groups (`int`, defaults to 8): Groups of the norms.
+        attention_head_dim (`int`, *optional*, defaults to 32): Channels of a head of attention; `None` for one head.
+        time_embedding_dim (`int`, defaults to 512): Width of the time embedding.
+        num_train_timesteps (`int`, defaults to 200): T, the number of steps.
+        use_structure (`bool`, defaults to `True`): Whether there is a structure: an input, and H_k.
+        head (`str`, defaults to "tied"): What predicts Z^j. "tied": nothing, it follows from the clean image
+            (`PixelAwareScheduler.tied_noise`); "lowrank": `rank` maps mixed for each step; "grouped": a convolution of
+            the features for each step, and a small one; "literal": the paper's sub-networks G_j, with
+            self-attention where the features have at most 32x32 pixels.
+        rank (`int`, defaults to 8): Number of maps of the head "lowrank".
+        head_attention (`bool`, defaults to `True`): Whether the head "literal" has self-attention.
+        target (`str`, defaults to "clean"): "clean": the first output is the clean image; "noise": as in the paper
+            there are only the heads.
+        chunk_size (`int`, *optional*): Steps that the heads compute at a time; in training, what they computed is
+            computed again on the way back instead of kept. `None`: all at once.
+        dropout (`float`, defaults to 0): Dropout of the residual blocks.
+
+    Height and width of a sample must be multiples of `patch_size * 2 ** (len(encoder_channels) - 1)`.
+
+    Raises:
+        ValueError: if a setting is not among those said above.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        image_channels: int = 3,
+        sample_size: int | tuple[int, int] | None = None,
+        encoder_channels: tuple[int, ...] = (64, 128, 192),
+        decoder_channels: tuple[int, ...] | None = None,
+        layers_per_block: int = 2,
+        attention_levels: tuple[int, ...] = (),
+        patch_size: int = 1,
+        norm_num_groups: int = 8,
+        attention_head_dim: int | None = 32,
+        time_embedding_dim: int = 512,
+        num_train_timesteps: int = 200,
+        use_structure: bool = True,
+        head: Literal["tied", "lowrank", "grouped", "literal"] = "tied",
+        rank: int = 8,
+        head_attention: bool = True,
+        target: Literal["clean", "noise"] = "clean",
+        chunk_size: int | None = None,
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self._check_settings()
+        levels = len(encoder_channels)
+        down, up = list(encoder_channels), list(decoder_channels or reversed(encoder_channels))
+        attends = [level in attention_levels for level in range(levels)]
+        settings = dict(self.config)
+        channels = image_channels * patch_size**2
+        structure_channels = channels if use_structure else None
+
+        def fusion(width: int) -> Fusion:
+            return Fusion(width, time_embedding_dim, structure_channels)
+
+        self.time_proj = Timesteps(TIME_CHANNELS, True, 0)
+        self.time_embedding = TimestepEmbedding(TIME_CHANNELS, time_embedding_dim)
+        self.conv_in = nn.Conv2d(channels * (2 if use_structure else 1), down[0], 3, padding=1)
+
+        # Down: what each block and each resize gives is kept for the way up.
+        self.encoder, width, kept = nn.ModuleList(), down[0], [down[0]]
+        for level, count in enumerate(down):
+            entering = [width] + [count] * (layers_per_block - 1)
+            blocks = [Block(before, count, attends[level], settings) for before in entering]
+            resize = Downsample2D(count, use_conv=True, name="op") if level < levels - 1 else None
+            self.encoder.append(Level(fusion(width), blocks, resize))
+            kept += [count] * (layers_per_block + (resize is not None))
+            width = count
+
+        self.middle = nn.ModuleList([Block(width, width, attends[-1], settings), Block(width, width, False, settings)])
+
+        self.decoder = nn.ModuleList()
+        for index, count in enumerate(up):
+            level, entering = levels - 1 - index, [width] + [count] * layers_per_block
+            blocks = [Block(before + kept.pop(), count, attends[level], settings) for before in entering]
+            resize = Upsample2D(count, use_conv=True) if level > 0 else None
+            self.decoder.append(Level(fusion(width), blocks, resize))
+            width = count
+
+        if target == "clean":
+            self.norm_out = nn.GroupNorm(norm_num_groups, width)
+            self.conv_out = nn.Conv2d(width, channels, 3, padding=1)
+            # An untrained network predicts 0: with the preconditioning, the best guess without one.
+            nn.init.zeros_(self.conv_out.weight)
+            nn.init.zeros_(self.conv_out.bias)
+        if head != "tied":
+            self.noise_fusion = fusion(width)
+            self.noise_head = HEADS[head](width, channels, settings)
+
+    def _check_settings(self):
+        settings = self.config
+        for name, choices in {"head": tuple(HEADS), "target": ("clean", "noise")}.items():
+            if settings[name] not in choices:
+                raise ValueError(f"{name}={settings[name]!r}: expected one of {choices}")
+        if settings.target == "noise" and settings.head == "tied":
+            raise ValueError("head='tied': expected another head with target='noise', which has no clean image")
+        for name in (
+            "image_channels", "layers_per_block", "patch_size", "norm_num_groups", "attention_head_dim",
+            "time_embedding_dim", "num_train_timesteps", "rank", "chunk_size",
+        ):  # fmt: skip
+            value, optional = settings[name], name in ("attention_head_dim", "chunk_size")
+            if not (optional and value is None or isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name}={value!r}: expected a whole number from 1 up{' or None' * optional}")
+        down, up = settings.encoder_channels, settings.decoder_channels
+        up = tuple(reversed(down)) if up is None else up
+        if not down:
+            raise ValueError(f"encoder_channels={down!r}: expected a level or more")
+        if len(up) != len(down):
+            raise ValueError(f"decoder_channels={tuple(up)}: expected {len(down)} levels, as encoder_channels has")
+        groups, head_dim = settings.norm_num_groups, settings.attention_head_dim
+        for name, widths in (("encoder_channels", down), ("decoder_channels", up)):
+            if any(width < 1 or width % groups for width in widths):
+                raise ValueError(f"{name}={tuple(widths)}: expected multiples of norm_num_groups={groups}")
+        for level in settings.attention_levels:
+            if level not in range(len(down)):
+                raise ValueError(
+                    f"attention_levels={tuple(settings.attention_levels)}: expected levels from 0 to {len(down) - 1}"
+                )
+            for width in (down[level], up[-1 - level]):
+                if head_dim is not None and width % head_dim:
+                    raise ValueError(f"attention_head_dim={head_dim}: expected a divisor of {width} channels, or None")
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "ParallelTrajectoryUNet2DModel":
+        """A network by name, e.g. `from_preset("mini", image_channels=1)`. Raises `ValueError` for an unknown name."""
+        if name not in PRESETS:
+            raise ValueError(f"name={name!r}: expected one of {sorted(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float,
+        structure: torch.Tensor | None = None,
+        steps: Sequence[int] | Literal["all"] | None = None,
+        return_dict: bool = True,
+    ) -> ParallelTrajectoryOutput | tuple:
+        """
+        Args:
+            sample: [B, C, H, W], the noisy image x_i, scaled to unit variance by the scheduler; as it is in paper mode.
+            timestep: i in (0, T]: a number, whole or not, or [B].
+            structure: [B, C, H, W] in [0, 1], s0 (in the paper the scale); `None` with `use_structure=False`.
+            steps: Steps j in 1..T whose noises are asked, or "all".
+            return_dict: Whether to return a `ParallelTrajectoryOutput` or a tuple.
+
+        Returns:
+            `sample` [B, C, H, W] (`None` with `target="noise"`) and `noises` [S, B, C, H, W] (`None` if `steps` is).
+
+        Raises:
+            ValueError: if the shapes do not fit, or the steps are not to be had.
+        """
+        self._check_images(sample, structure)
+        steps = self._checked_steps(steps)
+        time = self._checked_time(timestep, sample)
+        embedding = self.time_embedding(self.time_proj(time * self._time_factor).to(self.dtype))
+
+        # 1. Squares of pixels become channels; the structure, centred, is made smaller for each level.
+        patch, hidden, scales = self.config.patch_size, sample, [None] * len(self.encoder)
+        if structure is not None:
+            centred = 2 * structure.to(sample.dtype) - 1
+            hidden = torch.cat((sample, centred), dim=1)
+            patches = F.pixel_unshuffle(centred, patch)
+            scales = [F.avg_pool2d(patches, 2**level) for level in range(len(self.encoder))]
+        hidden = self.conv_in(F.pixel_unshuffle(hidden, patch))
+
+        # 2. Down, the middle, and up; time and structure are added where a level begins (appendix C, item 2).
+        kept = [hidden]
+        for level, scale in zip(self.encoder, scales, strict=True):
+            hidden = level.fusion(hidden, embedding, scale)
+            for block in level.blocks:
+                hidden = block(hidden, embedding)
+                kept.append(hidden)
+            if level.resize is not None:
+                hidden = level.resize(hidden)
+                kept.append(hidden)
+        for block in self.middle:
+            hidden = block(hidden, embedding)
+        for level, scale in zip(self.decoder, reversed(scales), strict=True):
+            hidden = level.fusion(hidden, embedding, scale)
+            for block in level.blocks:
+                hidden = block(torch.cat((hidden, kept.pop()), dim=1), embedding)
+            if level.resize is not None:
+                hidden = level.resize(hidden)
+
+        # 3. The clean image, and the noises of the steps asked (eq. 14).
+        clean = noises = None
+        if self.config.target == "clean":
+            clean = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(hidden))), patch)
+        if steps is not None:
+            noises = self._noises(self.noise_fusion(hidden, embedding, scales[0]), embedding, time, steps)
+        output = ParallelTrajectoryOutput(sample=clean, noises=noises)
+        return output if return_dict else (clean, noises)
+
+    def head_cost(self, height: int, width: int, steps: int | None = None) -> dict[str, int]:
+        """
+        What the noises of `steps` steps (`None`: all) cost for one image of height x width: "parameters" of the head
+        that they need, "macs" (multiplications, from the features on) and "bytes" of the output. In closed form.
+        """
+        steps = self.config.num_train_timesteps if steps is None else steps
+        size = steps * self.config.image_channels * height * width * torch.finfo(self.dtype).bits // 8
+        parameters = macs = 0
+        if self.config.head != "tied":
+            pixels = height * width // self.config.patch_size**2
+            costs = self.noise_fusion.cost(pixels), self.noise_head.cost(pixels, steps)
+            parameters, macs = (sum(parts) for parts in zip(*costs, strict=True))
+        return {"parameters": parameters, "macs": macs, "bytes": size}
+
+    @property
+    def _time_factor(self) -> float:
+        return TIME_SCALE / self.config.num_train_timesteps
+
+    def _noises(
+        self, features: torch.Tensor, embedding: torch.Tensor, time: torch.Tensor, steps: list[int]
+    ) -> torch.Tensor:
+        """[S, B, C, H, W]: Z^j = M_j G_j(features), the mask M_j being 1 where j <= i (eq. 14)."""
+        prepared = self.noise_head.prepare(features)
+
+        def chunk(rows: torch.Tensor) -> torch.Tensor:
+            noises = self.noise_head(prepared, embedding, rows)
+            later = rows[:, None] + 1 > time + EXACTNESS
+            noises = noises.masked_fill(later[:, :, None, None, None], 0.0)
+            return F.pixel_shuffle(noises, self.config.patch_size)
+
+        rows = torch.tensor(steps, device=features.device) - 1
+        size = self.config.chunk_size or len(steps)
+        again = self.training and torch.is_grad_enabled() and size < len(steps)
+        parts = [checkpoint(chunk, part, use_reentrant=False) if again else chunk(part) for part in rows.split(size)]
+        return torch.cat(parts)
+
+    def _check_images(self, sample: torch.Tensor, structure: torch.Tensor | None):
+        if sample.ndim != 4 or sample.shape[1] != self.config.image_channels:
+            raise ValueError(f"sample has shape {tuple(sample.shape)}: expected {self.config.image_channels} channels")
+        multiple = self.config.patch_size * 2 ** (len(self.config.encoder_channels) - 1)
+        if sample.shape[-2] % multiple or sample.shape[-1] % multiple:
+            raise ValueError(f"sample has shape {tuple(sample.shape)}: expected sides that are multiples of {multiple}")
+        if not self.config.use_structure:
+            if structure is not None:
+                raise ValueError("structure is given: expected None, as use_structure=False")
+        elif structure is None:
+            raise ValueError(f"structure=None: expected an image of shape {tuple(sample.shape)}")
+        elif structure.shape != sample.shape:
+            raise ValueError(
+                f"structure has shape {tuple(structure.shape)}: expected the sample's {tuple(sample.shape)}"
+            )
+
+    def _checked_steps(self, steps: Sequence[int] | str | None) -> list[int] | None:
+        total = self.config.num_train_timesteps
+        if steps is None:
+            if self.config.target == "noise":
+                raise ValueError("steps=None: expected a list of steps or 'all', as target='noise' has nothing else")
+            return None
+        if self.config.head == "tied":
+            raise ValueError(
+                f"steps={steps!r}: expected None with head='tied'; PixelAwareScheduler.tied_noise gives the noises"
+            )
+        given = range(1, total + 1) if isinstance(steps, str) and steps == "all" else steps
+        given = list(given) if isinstance(given, (list, tuple, range)) else []
+        whole = all(isinstance(step, int) and 1 <= step <= total for step in given)
+        if not given or not whole or len(set(given)) < len(given):
+            raise ValueError(f"steps={steps!r}: expected different whole numbers from 1 to {total}, or 'all'")
+        return given
+
+    def _checked_time(self, timestep: torch.Tensor | float, sample: torch.Tensor) -> torch.Tensor:
+        """[B], in float32."""
+        time, total = torch.as_tensor(timestep, dtype=torch.float32), self.config.num_train_timesteps
+        if time.shape not in ((), (1,), (len(sample),)):
+            raise ValueError(f"timestep has shape {tuple(time.shape)}: expected a number or ({len(sample)},)")
+        # Elsewhere than on the CPU, looking at the values would wait for all that is still being computed.
+        if time.device.type == "cpu" and not ((time > 0) & (time <= total + EXACTNESS)).all():
+            raise ValueError(f"timestep={timestep}: expected more than 0 and at most num_train_timesteps={total}")
+        return time.to(sample.device).expand(len(sample))
