@@ -11,6 +11,7 @@ The images should be ones that the models have not seen.
 """
 
 import argparse
+import itertools
 import math
 import os
 from pathlib import Path
@@ -176,36 +177,36 @@ def known(images, options) -> dict:
     import torch
 
     process, clean = paper_process(), images[-options.known_images :].double()
-    rate, total = process.rate(clean), len(paper_process())
+    rate, total = process.rate(clean), len(process)
     states, noises = process.sample_path(clean, range(1, total + 1), generator=seeded(options.seed))
     single = noises_of_steps(process, rate, noises)
     times = [total // part for part in KNOWN_AT]
     variance = {time: process.fresh_variance(rate, time).mean().item() for time in times}
     rows = []
-    for source in ("of the path", "optimal"):
-        for reading in ("A", "B"):
-            for fresh in (1.0, 0.0):
-                for inaccuracy in (0.0, INACCURACY):
-                    # A: the innovations of the path itself are never taken back; fresh noise comes on top of them.
-                    multiple = fresh + (source == "of the path" and reading == "A")
-                    row = {"source": source, "reading": reading, "fresh": fresh, "inaccuracy": inaccuracy}
-                    row |= {"multiple": multiple, "errors": []}
-                    for time in times:
-                        given = noises if reading == "A" else single
-                        if source == "optimal":
-                            given = optimal(process, rate, clean, states[time - 1], time, reading)
-                        draws = seeded(options.seed + 1)
-                        found = states[time - 1]
-                        for step in range(time, 0, -1):
-                            noise = given[step - 1]
-                            if inaccuracy:
-                                white = torch.randn(noise.shape, generator=draws, dtype=noise.dtype)
-                                noise = noise + inaccuracy * white
-                            found = process.step_paper(noise, step, found, clean, reading, fresh, draws)
-                        expected = multiple * variance[time]
-                        expected += inaccuracy**2 * power_of_weights(process, rate, time, reading)
-                        row["errors"].append({**raw_and_clipped(found, clean), "expected": expected})
-                    rows.append(row)
+    for source, reading in itertools.product(("of the path", "optimal"), "AB"):
+        arms = [
+            {"source": source, "reading": reading, "fresh": fresh, "inaccuracy": inaccuracy, "errors": []}
+            for fresh in (1.0, 0.0)
+            for inaccuracy in (0.0, INACCURACY)
+        ]
+        for time in times:
+            given = noises if reading == "A" else single
+            if source == "optimal":
+                given = optimal(process, rate, clean, states[time - 1], time, reading)
+            power = power_of_weights(process, rate, time, reading)
+            for arm in arms:
+                fresh, inaccuracy = arm["fresh"], arm["inaccuracy"]
+                # A: the innovations of the path itself are never taken back; fresh noise comes on top of them.
+                arm["multiple"] = fresh + (source == "of the path" and reading == "A")
+                found, draws = states[time - 1], seeded(options.seed + 1)
+                for step in range(time, 0, -1):
+                    noise = given[step - 1]
+                    if inaccuracy:
+                        noise = noise + inaccuracy * torch.randn(noise.shape, generator=draws, dtype=noise.dtype)
+                    found = process.step_paper(noise, step, found, clean, reading, fresh, draws)
+                expected = arm["multiple"] * variance[time] + inaccuracy**2 * power
+                arm["errors"].append({**raw_and_clipped(found, clean), "expected": expected})
+        rows += arms
     return {
         "steps": total,
         "gamma": process.config.gamma,
@@ -600,9 +601,9 @@ def table_of_known(result: dict) -> list[str]:
         f"{setting(result)} Algorithm 1 of the paper (T = {part['steps']}, gamma {part['gamma']:g}) on "
         f"{part['images']} of the images with the exact image scale, in float64: squared error of x_0 (expected in "
         "theory), and clipped to [0, 1]. Z is the noise of the very path, or its expectation given x_i and x_0, the "
-        "least error that training can reach. Reading A: noises of eq. 3, factor of eq. 4; B: noises of eq. 2, line 9 "
+        "best that a network could predict. Reading A: noises of eq. 3, factor of eq. 4; B: noises of eq. 2, line 9 "
         "as printed. V is the variance that fresh noise of all steps has at x_0, W that of the errors of Z; means over "
-        "pixels, most of which the whitest make. "
+        "pixels, dominated by the brightest. "
         f"The mean image has {number(part['constant_mse'])}.",
         "",
         *rows_of(head, body),

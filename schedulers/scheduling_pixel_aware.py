@@ -97,7 +97,8 @@ class PixelAwareScheduler(SchedulerMixin, ConfigMixin):
         if not 0 < residual_std < math.inf:
             raise ValueError(f"residual_std={residual_std}: expected a number above 0")
         self._check_eta(eta)
-        self.register_to_config(floor=floor, ramp_power=ramp_power)
+        # No setting counts as a default that `from_config` may replace by its own.
+        self.register_to_config(floor=floor, ramp_power=ramp_power, _use_default_values=[])
         if mode == "structure" and schedule == "pixel" and gamma * floor < self.ENOUGH:
             left = math.exp(-gamma * (epsilon + floor))
             gap = self._gap(torch.tensor(epsilon, dtype=torch.float64), torch.tensor(left, dtype=torch.float64))
@@ -135,7 +136,8 @@ class PixelAwareScheduler(SchedulerMixin, ConfigMixin):
     def check_images(self, name: str, images: torch.Tensor) -> None:
         """Raises `ValueError` unless all values are in [epsilon, 1], up to rounding. Waits for a GPU."""
         lowest, highest = images.amin().item(), images.amax().item()
-        if not (self.config.epsilon - 1e-6 <= lowest and highest <= 1 + 1e-6):
+        slack = max(1e-6, self.config.epsilon * torch.finfo(images.dtype).eps)  # of epsilon itself in bfloat16
+        if not (self.config.epsilon - slack <= lowest and highest <= 1 + slack):
             raise ValueError(
                 f"{name} has values from {lowest:.3g} to {highest:.3g}: expected [{self.config.epsilon:g}, 1]; of "
                 "images in [0, 1], `to_range` makes such"
@@ -162,11 +164,11 @@ class PixelAwareScheduler(SchedulerMixin, ConfigMixin):
         if isinstance(timestep, torch.Tensor):
             if timestep.device.type == "cpu":  # checking elsewhere would wait for a GPU
                 self._check_timestep(timestep.amin().item(), timestep.amax().item())
-            u = timestep.to(like.device, like.dtype) / len(self)
+            u = timestep.to(like.device, torch.promote_types(like.dtype, torch.float32)) / len(self)
             u = u.reshape(-1, *[1] * (like.ndim - 1)) if u.ndim else u
             if u.ndim and len(u) not in (1, len(like)):
                 raise ValueError(f"timestep has shape {tuple(timestep.shape)}: expected a number or ({len(like)},)")
-            return u**self.config.ramp_power
+            return (u**self.config.ramp_power).to(like.dtype)
         self._check_timestep(timestep, timestep)
         return (timestep / len(self)) ** self.config.ramp_power
 
@@ -305,7 +307,7 @@ class PixelAwareScheduler(SchedulerMixin, ConfigMixin):
         """
         self._check_steps(steps)
         rate, noise = self._rate_of(structure, clean), self.noise_of(sample, clean, timestep, structure)
-        at = torch.as_tensor(timestep, device=sample.device, dtype=rate.dtype).expand(len(sample))
+        at = torch.as_tensor(timestep, device=sample.device, dtype=torch.float32).expand(len(sample))
         found = []
         for step in steps:
             early = at.clamp(max=step)
@@ -409,7 +411,7 @@ class PixelAwareScheduler(SchedulerMixin, ConfigMixin):
             model_output: [B, C, H, W], the clean estimate.
             timestep: i, in [1, T].
             sample: [B, C, H, W], x_i.
-            structure: What the rate follows; by default the clean estimate, as in the paper.
+            structure: What the rate follows; by default the clean estimate, as in the paper, from epsilon up.
             prev_timestep: k, in [0, i); by default the next of `timesteps`. At 0 the result is the clean estimate.
             eta: By default the config's.
             generator: One, or one for each image.
@@ -426,11 +428,11 @@ class PixelAwareScheduler(SchedulerMixin, ConfigMixin):
         clean, sample = model_output.to(work), sample.to(work)
         prev_sample = clean
         if prev > 0:
-            structure = structure if structure is None else structure.to(work)
+            structure = clean.clamp(min=self.config.epsilon) if structure is None else structure.to(work)
             rate, noise = self._rate_of(structure, clean), self.noise_of(sample, clean, timestep, structure)
             late, early = self._ramp(timestep, rate), self._ramp(prev, rate)
-            fresh = torch.expm1(-rate * (late - early)) / torch.expm1(-rate * late)  # 1 - rho ** 2
-            noise = (1 - eta**2 * fresh).sqrt() * noise
+            fresh = torch.expm1(-rate * (late - early)) / torch.expm1(-rate * late)  # 1 - rho ** 2, where that cancels
+            noise = (1 - eta**2 + (eta * self.rho(rate, timestep, prev)) ** 2).sqrt() * noise
             if eta > 0:
                 white = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=work)
                 noise = noise + eta * fresh.sqrt() * white
@@ -446,8 +448,9 @@ class PixelAwareScheduler(SchedulerMixin, ConfigMixin):
     def _paper_terms(self, rate: torch.Tensor, step: int) -> tuple[torch.Tensor, ...]:
         """alpha_j, 1 - alpha_j, alpha_bar_j, 1 - alpha_bar_j, and eq. 4's variance, at a whole step."""
         log, log_prev = self.log_alpha_bar(rate, step), self.log_alpha_bar(rate, step - 1)
-        beta, rest = -torch.expm1(log - log_prev), -torch.expm1(log)
-        return (log - log_prev).exp(), beta, log.exp(), rest, -torch.expm1(log_prev) / rest * beta
+        log_alpha = -rate * (self._ramp(step, rate) - self._ramp(step - 1, rate))  # log - log_prev loses digits
+        beta, rest = -torch.expm1(log_alpha), -torch.expm1(log)
+        return log_alpha.exp(), beta, log.exp(), rest, -torch.expm1(log_prev) / rest * beta
 
     def _check_reading(self, reading: str) -> None:
         if reading not in ("A", "B"):
@@ -561,7 +564,7 @@ class PixelAwareScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"images has shape {tuple(images.shape)}: expected [B, C, H, W]")
         self.check_images("images", images)
         levels = 256
-        scaled = (self.from_range(images.double().clamp(self.config.epsilon, 1)) * (levels - 1)).round().long()
+        scaled = (self.from_range(images.cpu().double().clamp(self.config.epsilon, 1)) * (levels - 1)).round().long()
         share = torch.bincount(scaled.flatten(), minlength=levels).double() / scaled.numel()
         values = self.to_range(torch.linspace(0, 1, levels, dtype=torch.float64))
         values, share = values[share > 0], share[share > 0]
@@ -577,7 +580,8 @@ class PixelAwareScheduler(SchedulerMixin, ConfigMixin):
         information = (entropy - (share * 0.5 * (2 * math.pi * math.e * variance).log()).sum()).clamp(min=0)
 
         def mean_gap(gamma: float, floor: float) -> float:
-            left = (-gamma * (values + floor)).exp().clamp(max=1 - 1e-15)
+            brightness = torch.full_like(values, 0.5) if self.config.schedule == "uniform" else values + floor
+            left = (-gamma * brightness).exp().clamp(max=1 - 1e-15)
             return (share * self._gap(values, left)).sum().item()
 
         def least(gap_at) -> float:

@@ -99,7 +99,8 @@ def test_shapes(channels, height, width, patch_size, attention):
     assert torch.equal(output.mean, mean) and torch.equal(output.log_variance, log_variance)
     assert torch.equal(output.structure, model.decode(mean))
     assert all(torch.equal(a, b) for a, b in zip(model(image, 3, return_dict=False), output.to_tuple(), strict=True))
-    output = model(image, 3, sample_posterior=True, generator=generators(2))
+    white = torch.cat([torch.randn((1, 5), generator=one) for one in generators(2)])
+    output = model(image, 3, posterior_noise=white)
     assert torch.equal(output.structure, model.decode(model.sample_latents(mean, log_variance, generators(2))))
 
 
@@ -300,7 +301,7 @@ def test_half_precision():
     model = network()
     model.set_prior(**mixture())
     model.to(torch.bfloat16)
-    output = model(numbers(2, 3, 8, 8).bfloat16(), 3, sample_posterior=True)
+    output = model(numbers(2, 3, 8, 8).bfloat16(), 3, posterior_noise=numbers(2, 5))
     assert output.structure.dtype == output.mean.dtype == torch.float32
     assert 0.004 <= output.structure.min() and output.structure.max() <= 1
     rows = model.sample_prior(4, generators(4))
@@ -312,7 +313,7 @@ def test_it_learns_eight_images():
     images = numbers(8, 3, 8, 8)
     optimizer, generator = torch.optim.Adam(model.parameters(), 2e-3), torch.Generator().manual_seed(0)
     for _ in range(90):
-        output = model(images, 0, sample_posterior=True, generator=generator)
+        output = model(images, 0, posterior_noise=torch.randn((8, 16), generator=generator))
         loss = (output.structure - images).square().sum() / (2 * 0.08**2)
         loss = loss + model.kl(output.mean, output.log_variance).sum()
         optimizer.zero_grad()

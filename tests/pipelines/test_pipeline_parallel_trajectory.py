@@ -11,11 +11,11 @@ from diffusers import DDPMScheduler
 
 import pyrdiff
 from pyrdiff import (
-    CoordinateUNet2DModel,
     ParallelTrajectoryPipeline,
     ParallelTrajectoryUNet2DModel,
     PixelAwareScheduler,
     ResidualSRPipeline,
+    ResidualSRUNet2DModel,
     ScaleAutoencoder,
 )
 from pyrdiff.models.unet_parallel_trajectory import ParallelTrajectoryOutput
@@ -721,25 +721,17 @@ def test_bad_input_is_named_before_a_network_runs(name, arguments, monkeypatch):
         pipeline(**arguments)
 
 
+def other_network() -> ResidualSRUNet2DModel:
+    return ResidualSRUNet2DModel(
+        image_channels=1, scale_factors=(2,), block_out_channels=(8, 8), norm_num_groups=4, attention_head_dim=8
+    )
+
+
 @pytest.mark.parametrize(
     "name, parts",
     [
         ("scheduler=DDPMScheduler", lambda: (network(), autoencoder(), DDPMScheduler())),
-        (
-            "unet=CoordinateUNet2DModel",
-            lambda: (
-                CoordinateUNet2DModel(
-                    image_channels=1,
-                    resolutions=(8,),
-                    block_out_channels=(4,),
-                    down_block_types=["DownBlock2D"],
-                    up_block_types=["UpBlock2D"],
-                    norm_num_groups=4,
-                ),
-                autoencoder(),
-                process(),
-            ),
-        ),
+        ("unet=ResidualSRUNet2DModel", lambda: (other_network(), autoencoder(), process())),
         ("use_structure=True, with no autoencoder", lambda: (network(), None, process())),
         ("use_structure=False, with an auto", lambda: (network(use_structure=False), autoencoder(), process())),
         ("unet has num_train_timesteps=20", lambda: (network(), autoencoder(), process(num_train_timesteps=30))),

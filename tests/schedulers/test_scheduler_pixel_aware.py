@@ -668,9 +668,9 @@ def test_saved_and_loaded(tmp_path):
     stored = json.loads((tmp_path / "scheduler_config.json").read_text())
     assert stored["floor"] == 0.1 and stored["residual_std"] == 0.06 and stored["_class_name"] == "PixelAwareScheduler"
     assert scheduler.compatibles == [PixelAwareScheduler]
-    # What was left to the mode is left to the new one; what was said stays.
+    # A process is taken over as it is, also what was a default there.
     other = PixelAwareScheduler.from_config(scheduler.config, mode="paper").config
-    assert (other.floor, other.ramp_power, other.gamma) == (0.0, 2.0, 30.0)
+    assert (other.floor, other.ramp_power, other.gamma) == (0.1, 2.0, 30.0)
 
 
 def test_what_diffusers_expects_of_a_scheduler():

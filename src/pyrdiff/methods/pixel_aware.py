@@ -1,4 +1,4 @@
-"""Pixel-aware diffusion (paper X): a structure from a small VAE sets each pixel's noise rate; one call makes an image."""
+"""Pixel-aware diffusion (paper X): a small VAE gives the structure that sets each pixel's rate; one call, one image."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -337,7 +337,7 @@ def loss(network, scheduler, settings: PixelAwareSettings, batch, draws, given=N
 def head_steps(settings: PixelAwareSettings, total: int, draws) -> list[int]:
     """Different steps j, the same in every process."""
     count = min(settings.head_steps, total)
-    return [1 + k * total // count + draws.choice(range(total // count)) for k in range(count)]
+    return [1 + draws.choice(range(k * total // count, (k + 1) * total // count)) for k in range(count)]
 
 
 def head_loss(scheduler, noises, noisy, clean, timesteps, steps, structure):
@@ -371,15 +371,17 @@ def preview(settings: PixelAwareSettings, pipeline, images, path, given=None) ->
 
     if settings.mode == "paper":
         clean = next(some_images(scheduler, images, count))
+        count = len(clean)
         rows, noise = [clean], torch.randn(clean.shape, generator=generators()[0])
-        for timestep in (len(scheduler) // 10, len(scheduler)):
+        for timestep in (max(1, len(scheduler) // 10), len(scheduler)):
             noisy = scheduler.add_noise(clean, noise, timestep)
             output = pipeline(image=noisy, timestep=timestep, generator=generators(), output_type="latent")
             rows += [output.structure.cpu(), output.images.cpu()]
         pictures = [scheduler.from_range(row).clamp(0, 1).permute(0, 2, 3, 1).numpy() for row in rows]
         rows = [pipeline.numpy_to_pil(row) for row in pictures]
     else:
-        outputs = [pipeline(count, num_passes=passes, generator=generators()) for passes in (1, 2, 4, 8)]
+        numbers = [passes for passes in (1, 2, 4, 8) if passes <= len(scheduler)]
+        outputs = [pipeline(count, num_passes=passes, generator=generators()) for passes in numbers]
         rows = [output.images for output in outputs]
         rows = [outputs[0].structure, *rows] if settings.use_structure else rows
     pipeline.set_progress_bar_config(disable=False)

@@ -314,19 +314,19 @@ class ScaleAutoencoder(ModelMixin, ConfigMixin):
         self,
         sample: torch.Tensor,
         timestep: torch.Tensor | float = 0,
-        sample_posterior: bool = False,
-        generator: torch.Generator | list[torch.Generator] | None = None,
+        posterior_noise: torch.Tensor | None = None,
         return_dict: bool = True,
     ) -> ScaleAutoencoderOutput | tuple:
         """
         Encodes and decodes; `sample` and `timestep` are those of `encode`.
 
         Args:
-            sample_posterior: Whether the decoder gets a sample of the posterior, by `generator`, or its mean.
+            posterior_noise: [B, latent_dim], standard normal numbers that draw a latent of the posterior for the
+                decoder; by default it gets the mean.
             return_dict: Whether to return a `ScaleAutoencoderOutput` or a tuple of its fields.
         """
         mean, log_variance = self.encode(sample, timestep)
-        latents = self.sample_latents(mean, log_variance, generator) if sample_posterior else mean
+        latents = mean if posterior_noise is None else mean + torch.exp(log_variance / 2) * posterior_noise.to(mean)
         structure = self.decode(latents)
         if not return_dict:
             return structure, mean, log_variance
