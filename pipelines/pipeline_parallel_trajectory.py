@@ -73,6 +73,13 @@ class ParallelTrajectoryPipeline(DiffusionPipeline):
                 f"unet has num_train_timesteps={config.num_train_timesteps}: expected the scheduler's "
                 f"{scheduler.config.num_train_timesteps}"
             )
+        if autoencoder is None and config.sample_size is None:
+            raise ValueError("unet has sample_size=None: expected a size, where there is no autoencoder to say it")
+        if autoencoder is not None and autoencoder.config.num_train_timesteps != len(scheduler):
+            raise ValueError(
+                f"autoencoder has num_train_timesteps={autoencoder.config.num_train_timesteps}: expected the "
+                f"scheduler's {len(scheduler)}"
+            )
         if autoencoder is not None and autoencoder.config.image_channels != config.image_channels:
             raise ValueError(
                 f"autoencoder has image_channels={autoencoder.config.image_channels}: expected the unet's "

@@ -71,7 +71,8 @@ def export(
     shutil.rmtree(beside, ignore_errors=True)
     try:
         pipeline.save_pretrained(beside, safe_serialization=True, max_shard_size=max_shard_size)
-        enlarges = "image" in inspect.signature(pipeline.__call__).parameters
+        image = inspect.signature(pipeline.__call__).parameters.get("image")
+        enlarges = image is not None and image.default is inspect.Parameter.empty
         task = "image-to-image" if enlarges else "unconditional-image-generation"
         call = "larger = pipeline(image).images[0]" if enlarges else "images = pipeline(batch_size=4).images"
         data = ModelCardData(library_name="diffusers", pipeline_tag=task, license=license)
