@@ -71,11 +71,49 @@ def arms_of(pipeline) -> dict[str, tuple]:
     if pipeline.scheduler.config.mode == "paper":
         return {"algorithm 1 from N(0, I)": (1, algorithm_1)}
     if pipeline.autoencoder is None:
-        found = {f"{passes} calls": by_passes(passes) for passes in NO_STRUCTURE}
-        return {**found, "16 calls, eta 0": by_passes(16, eta=0.0)}
+        found = {f"its own step, {passes}": by_passes(passes) for passes in NO_STRUCTURE}
+        found |= {f"its own step, {passes}, eta 0": by_passes(passes, eta=0.0) for passes in (8, 16)}
+        for name, (kind, changes, steps) in STOCK.items():
+            found[name] = (steps, StockSampler(pipeline, kind, changes, steps))
+        return found
     found = {"structure only": (0, structure)}
     found.update({f"{passes} pass{'es' * (passes > 1)}": by_passes(passes) for passes in PASSES})
     return {**found, "4 passes, eta 0": by_passes(4, eta=0.0), "1 pass, prior N(0, I)": (1, normal_prior)}
+
+
+class StockSampler:
+    """A scheduler of diffusers on a network without structure, whose process has one rate and so is an ordinary one."""
+
+    def __init__(self, pipeline, kind: str, changes: dict, steps: int):
+        import diffusers
+        import torch
+
+        process = pipeline.scheduler
+        rate = process.rate(torch.full((1,), pipeline.NO_STRUCTURE, dtype=torch.float64))
+        log = torch.cat([process.log_alpha_bar(rate, step) for step in range(len(process) + 1)])
+        betas = -torch.expm1(log[1:] - log[:-1])
+        known = dict(trained_betas=betas.numpy(), num_train_timesteps=len(process), prediction_type="sample")
+        known |= {"clip_sample": False} if kind in ("DDPMScheduler", "DDIMScheduler") else {}
+        self.scheduler = getattr(diffusers, kind)(**known, **changes)
+        self.pipeline, self.steps = pipeline, steps
+
+    def __call__(self, count: int, generator):
+        import inspect
+
+        import torch
+
+        pipeline, process, scheduler = self.pipeline, self.pipeline.scheduler, self.scheduler
+        scheduler.set_timesteps(self.steps)
+        shape = (count, pipeline.unet.config.image_channels, *pipeline._size())
+        structure = torch.full(shape, pipeline.NO_STRUCTURE, device=pipeline.unet.device)
+        sample = process.prior_sample(structure, generator)
+        extra = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        for timestep in scheduler.timesteps:
+            step = int(timestep) + 1
+            network_input, skip, scale = process.precondition(sample, step, structure)
+            clean = (skip + scale * pipeline.unet(network_input, step).sample).clamp(process.config.epsilon, 1)
+            sample = scheduler.step(clean, timestep, sample, **extra).prev_sample
+        return 2 * process.from_range(sample) - 1
 
 
 def parse_models(options) -> dict[tuple[str, int], str]:
@@ -96,6 +134,16 @@ def multiplications(work) -> float:
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops() / 2
+
+
+def call_once(pipeline, shape) -> None:
+    """One call of a pipeline's UNet for an image [C, H, W]; for one step, where it predicts nothing else."""
+    import torch
+
+    config, blank = pipeline.unet.config, torch.zeros(1, *shape, device=pipeline.unet.device)
+    arguments = {"structure": blank} if config.get("use_structure") else {}
+    arguments |= {"steps": [1]} if config.get("target") == "noise" else {}
+    pipeline.unet(blank, torch.ones(1, device=blank.device), **arguments)
 
 
 def nearest(images, real, batch: int = 200):
@@ -156,10 +204,7 @@ def measure(options) -> dict:
         distances = nearest(images, real)
         with torch.no_grad():
             macs = multiplications(lambda: sample(1, torch.Generator(device).manual_seed(0)))  # noqa: B023
-            network = {k: torch.zeros(1, *shape[1:], device=device) for k in ("sample", "structure")}
-            if pipeline.autoencoder is None if hasattr(pipeline, "autoencoder") else True:
-                del network["structure"]
-            one = multiplications(lambda: pipeline.unet(**network, timestep=torch.tensor([100.0], device=device)))  # noqa: B023
+            one = multiplications(lambda: call_once(pipeline, shape[1:]))  # noqa: B023
         row = {"method": method, "seed": seed, "name": name, "calls": calls, "nfe_eq": macs / one, "macs": macs}
         row |= {
             **scorer(images),
@@ -242,7 +287,7 @@ def table(result: dict) -> str:
     ]
     held = result["rows"][0]
     lines.append(
-        f"| unseen images | | | | {held['frechet']:.1f} | {held['precision_recall'][0]:.2f}, "
+        f"| unseen images | | | | {held['frechet']:.0f} | {held['precision_recall'][0]:.2f}, "
         f"{held['precision_recall'][1]:.2f} | {held['nearest']:.3f} | {held['copies']:.2f} | | |"
     )
     for (method, name), rows in grouped(result).items():
@@ -250,11 +295,11 @@ def table(result: dict) -> str:
         def mean(key, rows=rows):
             return statistics.mean(row[key] for row in rows)
 
-        values = ", ".join(f"{row['frechet']:.1f}" for row in rows)
+        values = ", ".join(f"{row['frechet']:.0f}" for row in rows)
         each = f" ({values})" if len(rows) > 1 else ""
         sides = [statistics.mean(row["precision_recall"][k] for row in rows) for k in (0, 1)]
         lines.append(
-            f"| {method} | {name} | {rows[0]['calls']} | {mean('nfe_eq'):.2f} | {mean('frechet'):.1f}{each} | "
+            f"| {method} | {name} | {rows[0]['calls']} | {mean('nfe_eq'):.2f} | {mean('frechet'):.0f}{each} | "
             f"{sides[0]:.2f}, {sides[1]:.2f} | {mean('nearest'):.3f} | {mean('copies'):.2f} | {mean('seconds'):.4f} | "
             f"{mean('seconds_alone'):.4f} |"
         )

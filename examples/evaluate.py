@@ -9,6 +9,7 @@ Images are compared at the size they have; where sizes differ, --resolution says
 """
 
 import argparse
+import inspect
 import json
 import os
 import platform
@@ -17,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 SETS, PAIRS = ("frechet_distance", "kid", "precision_recall"), ("psnr", "ssim", "lpips", "consistency")
-PLAN = ("plan", "num_inference_steps", "refine_steps", "refine_strength")
+PLAN = ("plan", "num_inference_steps", "refine_steps", "refine_strength", "num_passes")
 UNIT = (0, 1)  # the range of images here
 
 
@@ -42,6 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--num_inference_steps", type=int, help="network calls at the lowest level")
     parser.add_argument("--refine_steps", type=int, help="network calls at each higher level")
     parser.add_argument("--refine_strength", type=float, help="noise that higher levels start from, (0, 1]")
+    parser.add_argument("--num_passes", type=int, help="network calls of a pixel-aware model")
     parser.add_argument("--resamples", type=int, default=100, help="for the 95%% intervals; 0 for none")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
@@ -162,12 +164,17 @@ def sample(options: argparse.Namespace, accepted: tuple[int, int] | None, device
     from pyrdiff.data import open_source
 
     pipeline = pyrdiff.load(options.model).to(device)
-    side = pipeline.unet.config.resolutions[-1]
+    config = pipeline.unet.config
+    side = config.resolutions[-1] if "resolutions" in config else config.sample_size
     size = tuple(side) if isinstance(side, (list, tuple)) else (side, side)
     if accepted and size != accepted:
         raise ValueError(f"--model: its images have size {size}, the reference {accepted}; accepted is --resolution")
     plan = {name: getattr(options, name) for name in PLAN if getattr(options, name) is not None}
-    pipeline.plan(**plan)
+    unknown = [f"--{name}" for name in plan if name not in inspect.signature(pipeline.__call__).parameters]
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: not for a {type(pipeline).__name__}")
+    if hasattr(pipeline, "plan"):
+        pipeline.plan(**plan)
     pipeline.set_progress_bar_config(disable=True)
     images = []
     for start in range(0, options.num_images, options.batch_size):

@@ -1,9 +1,11 @@
 """
-Sample a model that pyrdiff exported, from coarse to fine, with nothing but diffusers:
+Sample a model that pyrdiff exported, with nothing but diffusers:
 
     python examples/generate.py --model runs/pddpm/pipeline --trust_remote_code --batch_size 8 --output_dir samples
 
-Writes every image, and pyramid.png: each level of the same samples, with its steps and seconds.
+Writes every image, and a picture of how they came about. Of a pyramidal model that is pyramid.png: each level of the
+same samples, with its steps and seconds. Of a pixel-aware one it is trajectory.png: structure, the states that follow
+from the network's prediction, and the samples of 1 to `--num_passes` calls.
 """
 
 import argparse
@@ -24,6 +26,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--num_inference_steps", type=int, help="network calls at the lowest level (100)")
     parser.add_argument("--refine_steps", type=int, help="network calls at each higher level (8)")
     parser.add_argument("--refine_strength", type=float, help="noise that higher levels start from, (0, 1] (0.3)")
+    parser.add_argument("--num_passes", type=int, default=1, help="network calls of a pixel-aware model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=None, help="by default the GPU if there is one")
     return parser.parse_args()
@@ -62,8 +65,45 @@ def main() -> None:
 
     pipeline = DiffusionPipeline.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
     pipeline.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    print_costs(pipeline)
+    generators = [torch.Generator().manual_seed(options.seed + index) for index in range(options.batch_size)]
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(pipeline, "autoencoder"):
+        images = generate_in_few_calls(pipeline, options, generators, folder)
+    else:
+        images = generate_from_coarse_to_fine(pipeline, options, generators, folder)
+    for index, image in enumerate(images):
+        image.save(folder / f"{options.seed + index:05d}.png")
 
+
+def generate_in_few_calls(pipeline, options: argparse.Namespace, generators: list, folder: Path) -> list:
+    """Samples of a `ParallelTrajectoryPipeline`, and trajectory.png."""
+    from diffusers.utils import make_image_grid
+
+    total = len(pipeline.scheduler)
+    steps = [total * k // 8 for k in range(8, 0, -1)]
+    began = time.perf_counter()
+    output = pipeline(
+        options.batch_size,
+        num_passes=options.num_passes,
+        generator=generators,
+        return_trajectory=True,
+        trajectory_steps=steps,
+    )
+    seconds = time.perf_counter() - began
+    columns = [output.structure, *output.trajectory, output.images]
+    rows = zip(*columns, strict=True)
+    grid = make_image_grid([image for row in rows for image in row], options.batch_size, len(columns))
+    grid.save(folder / "trajectory.png")
+    print(f"{options.batch_size} images in {seconds:.2f} s by {options.num_passes} calls: {folder / 'trajectory.png'}")
+    return output.images
+
+
+def generate_from_coarse_to_fine(pipeline, options: argparse.Namespace, generators: list, folder: Path) -> list:
+    """Samples of a `PyramidalPipeline`, and pyramid.png."""
+    import torch
+
+    print_costs(pipeline)
     names = ("plan", "num_inference_steps", "refine_steps", "refine_strength")
     chosen = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     plan, ticks = pipeline.plan(**chosen), []
@@ -73,19 +113,15 @@ def main() -> None:
             torch.cuda.synchronize()
         ticks.append(time.perf_counter())
 
-    generators = [torch.Generator().manual_seed(options.seed + index) for index in range(options.batch_size)]
     began = time.perf_counter()
     output = pipeline(options.batch_size, generator=generators, return_levels=True, callback_on_step_end=tick, **chosen)
 
     calls = accumulate(len(level.timesteps) for level in plan.levels)
     ends = [began, *(ticks[count - 1] for count in calls)]
     seconds = [end - start for start, end in pairwise(ends)]
-    folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, image in enumerate(output.images):
-        image.save(folder / f"{options.seed + index:05d}.png")
     draw_pyramid(output.levels, plan, seconds, folder / "pyramid.png")
     print(f"{options.batch_size} images in {sum(seconds):.2f} s: {folder / 'pyramid.png'}")
+    return output.images
 
 
 if __name__ == "__main__":

@@ -17,13 +17,15 @@ def test_the_tables_are_printed_from_the_results():
 
 def test_the_readme_names_flags_files_and_names_that_exist():
     from pyrdiff.methods.pddpm import PyramidalSettings
+    from pyrdiff.methods.pixel_aware import PixelAwareSettings
     from pyrdiff.methods.sr import SuperResolutionSettings
     from pyrdiff.training.method import methods
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for begin, end, settings in (
         ("## Train on", "## Sample", PyramidalSettings),
-        ("## Train to enlarge", "## Know", SuperResolutionSettings),
+        ("## Train to enlarge", "## Generate", SuperResolutionSettings),
+        ("## Generate", "## Know", PixelAwareSettings),
     ):
         flags = set(re.findall(r"--([a-z_0-9]+)", text[text.index(begin) : text.index(end)])) - {"help"}
         assert flags and flags <= set(settings.__dataclass_fields__)

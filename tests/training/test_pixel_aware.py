@@ -34,7 +34,7 @@ DARK = 4e-3  # epsilon
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def photos(count: int, height: int = 16, width: int = 16, channels: int = 1, seed: int = 0) -> np.ndarray:
+def photos(count: int, height: int = 8, width: int = 8, channels: int = 1, seed: int = 0) -> np.ndarray:
     """uint8 [N, H, W, C]: dark and bright areas with some grain."""
     random = np.random.default_rng(seed)
     coarse = torch.from_numpy(random.normal(size=(count, 1, 2, 2)))
@@ -61,17 +61,17 @@ def clean_of(images: torch.Tensor) -> torch.Tensor:
 def few_steps_are_enough():
     """After 6 steps the means of a latent differ less than those of a trained autoencoder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pixel_aware, "ACTIVE", 1e-3)
+        patch.setattr(pixel_aware, "ACTIVE", 1e-4)
         yield
 
 
 @pytest.fixture(scope="module")
 def toy_x(toy, tmp_path_factory):
-    """toy_x(**changes): flags of a run of 6 and 6 steps on 24 gray images of 16x16 into a new folder."""
+    """toy_x(**changes): flags of a run of 6 and 6 steps on 24 gray images of 8x8 into a new folder."""
     array = tmp_path_factory.mktemp("photos") / "images.npy"
     np.save(array, photos(24))
     changes = dict(
-        train_data_dir=str(array), resolution=["16"], encoder_channels=[8, 16], latent_dim=4, num_train_timesteps=20,
+        train_data_dir=str(array), resolution=["8"], encoder_channels=[8, 16], latent_dim=4, num_train_timesteps=20,
         gamma=20.0, image_channels=1, prior_images=24, autoencoder_steps=6, max_train_steps=6, learning_rate=1e-2,
         recon_std=0.02, lr_warmup_steps=0,
     )  # fmt: skip
@@ -333,7 +333,7 @@ def test_the_tied_target_has_the_expected_gradient_of_a_drawn_path(toy_x, mode):
 @pytest.mark.parametrize(("total", "count"), [(20, 6), (20, 8), (200, 8), (500, 8), (5, 8), (1, 1)])
 def test_the_steps_of_the_heads_differ_reach_all_and_are_those_of_every_process(toy_x, total, count):
     settings, reached = settings_of(toy_x(head="lowrank", head_steps=count)), set()
-    for step in range(20 * total):
+    for step in range(20 * (total // count + 1)):
         draws = [Draws(5, step, 0, device=CPU, num_processes=2, process_index=index) for index in range(2)]
         draws[1].normal(3)  # what was drawn before makes no difference
         steps, again = (pixel_aware.head_steps(settings, total, each) for each in draws)
@@ -486,9 +486,9 @@ def test_the_residual_is_that_of_the_structures(toy_x):
 
 
 def test_without_structure_the_residual_is_about_mid_gray_of_images_spread_over_all(toy_x):
-    images = photos(2100, 8, 8)
+    images = photos(2100)
     images[1050:] //= 2
-    settings = settings_of(toy_x(use_structure=False, resolution=["8"]))
+    settings = settings_of(toy_x(use_structure=False))
     chosen = np.unique(np.linspace(0, 2099, 2048).astype(int))
     rms = (clean_of(to_range(images[chosen])) - 0.5).double().square().mean().sqrt().item()
     scheduler = pixel_aware.build_scheduler(settings, levels_of(images))
@@ -512,7 +512,7 @@ def test_settings_of_the_process_arrive(toy_x):
 
 @pytest.fixture
 def trained_autoencoder(toy_x, monkeypatch):
-    """trained_autoencoder(**changes): settings, and an autoencoder whose means differ but in dimension 1."""
+    """trained_autoencoder(**changes): settings, and an autoencoder whose means hardly differ in dimension 1."""
     monkeypatch.setattr(pixel_aware, "ACTIVE", 0.05)
 
     def build(**changes):
@@ -521,7 +521,7 @@ def trained_autoencoder(toy_x, monkeypatch):
         network = pixel_aware.build_autoencoder(settings, 1).eval()
         with torch.no_grad():
             network.to_moments.weight[:4] *= 30
-            network.to_moments.weight[1] = 0
+            network.to_moments.weight[1] /= 60
         return settings, network
 
     return build
@@ -532,7 +532,7 @@ def test_the_prior_is_fitted_to_draws_of_the_posterior_on_the_latents_in_use(tra
     with torch.no_grad():
         mean, log_variance = network.encode(clean_of(to_range(photos(24))))
         codes = mean + (log_variance / 2).exp() * torch.randn(24, 4, generator=torch.Generator().manual_seed(8))
-    assert mean[:, [0, 2, 3]].var(0).min() > 0.1 and codes[:, 1].var() < 0.05
+    assert mean[:, [0, 2, 3]].var(0).min() > 0.1 and 1e-6 < mean[:, 1].var() < 0.01
     pixel_aware.fit_prior(settings, network, levels_of(photos(24)))
     assert network.prior_active.tolist() == [0, 2, 3] and network.prior_weights.tolist() == [1]
     codes = codes[:, [0, 2, 3]].double()
@@ -582,20 +582,18 @@ def test_an_autoencoder_that_uses_no_latent_is_refused(trained_autoencoder):
 
 RUNS = {
     "tied": {},
-    "no structure": dict(use_structure=False),
     "no structure, grouped": dict(use_structure=False, head="grouped"),
     "lowrank, colour": dict(head="lowrank", image_channels=3, random_flip=True),
-    "literal, uniform, oblong": dict(head="literal", schedule="uniform", resolution=["8x16"]),
+    "literal, uniform, oblong": dict(head="literal", schedule="uniform", resolution=["8x12"]),
     "normal prior": dict(prior="normal", gradient_accumulation_steps=2),
     "paper": dict(mode="paper", head="literal"),
-    "paper, lowrank": dict(mode="paper", head="lowrank", num_train_timesteps=2, gamma=5.0),
 }
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_trains_shows_and_exports_what_generates(toy_x, name):
+def test_a_run_trains_shows_and_exports_what_generates(toy_x, straight, name):
     flags = toy_x(**{"save_images_steps": 6, "eval_batch_size": 2, **RUNS[name]})
-    settings, folder = settings_of(flags), train_toy(flags)
+    settings, folder = settings_of(flags), train_toy(flags) if RUNS[name] else straight
     stages = ["autoencoder", "."] if settings.use_structure else ["."]
     assert (folder / "autoencoder").exists() == settings.use_structure
     for stage in stages:
@@ -667,9 +665,9 @@ def test_every_part_of_the_method_gets_the_finished_network_frozen(toy_x):
 
 def cells_of(path: Path, columns: int, rows: int) -> list[list[np.ndarray]]:
     with Image.open(path) as grid:
-        assert grid.size == (columns * 18 + 2, rows * 18 + 2) and grid.mode == "L"
+        assert grid.size == (columns * 10 + 2, rows * 10 + 2) and grid.mode == "L"
         pixels = np.asarray(grid)
-    return [[pixels[2 + 18 * y :][:16, 2 + 18 * x :][:, :16] for x in range(columns)] for y in range(rows)]
+    return [[pixels[2 + 10 * y :][:8, 2 + 10 * x :][:, :8] for x in range(columns)] for y in range(rows)]
 
 
 def test_pictures_of_progress_are_of_images_and_structures_then_of_samples(straight):
@@ -771,10 +769,8 @@ def test_a_run_stopped_in_both_stages_is_the_uninterrupted_one_bit_for_bit(toy_x
     flags = toy_x(**STOPS[variant])
     stage = train_until_stopped(flags, 2, autoencoder=0)
     assert not (stage / "finished").exists() and [path.name for path in stage.parent.iterdir()] == ["autoencoder"]
-    train_until_stopped(flags, 4, autoencoder=2)
-    folder = train_until_stopped(flags, 3, network=0)
+    folder = train_until_stopped(flags, 4, network=0)
     assert (folder / "autoencoder" / "finished").is_dir() and not (folder / "pipeline").exists()
-    train_until_stopped(flags, 5, network=3)
     resumed = train_toy(flags)
     whole = straight if variant == "default" else train_toy(toy_x(**STOPS[variant]))
     assert_same_training(resumed, whole)
@@ -798,7 +794,8 @@ def test_a_kill_before_the_first_stage_was_finished_fits_the_same_prior(copied, 
     shutil.rmtree(stage / "finished")
     if writing:
         (stage / ".finished.writing" / "deeper").mkdir(parents=True)
-        (stage / ".finished.writing" / WEIGHTS).write_bytes(b"half of them")
+        for name in (WEIGHTS, "deeper/others"):
+            (stage / ".finished.writing" / name).write_bytes(b"half of them")
     # What the network was trained on is known by its bytes: it would be refused, were they others.
     train_toy(flags, with_losses(refused_losses, refused_losses))
     assert_same_training(stage.parent, straight)
@@ -952,9 +949,9 @@ NOT_A_COUNT = (
 )
 REFUSED = [
     *[({name: 0}, name) for name in NOT_A_COUNT],
-    *[({name: value}, name) for name in ("gamma", "ramp_power") for value in (0.0, float("inf"), float("nan"))],
+    *[({name: value}, name) for name in ("gamma", "ramp_power") for value in (0.0, -1.0, float("inf"))],
     *[({"floor": value}, "floor") for value in (-0.1, float("inf"))],
-    *[({"recon_std": value}, "recon_std") for value in (0.0, float("nan"))],
+    *[({"recon_std": value}, "recon_std") for value in (0.0, float("inf"))],
     *[({"autoencoder_share": value}, "autoencoder_share") for value in (0.0, 1.0)],
     (dict(resolution=["16", "32"]), "resolution"),
     (dict(resolution=["large"]), "resolution"),
@@ -986,14 +983,15 @@ NO_SIZE_CHECK = pytest.mark.xfail(strict=True, reason="the UNet meets its size a
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(resolution=["20"]), "sample_size=20: .* multiples of 8"),
-        (dict(resolution=["16x20"]), r"sample_size=\(16, 20\): .* multiples of 8"),
+        (dict(resolution=["10"]), "sample_size=10: .* multiples of 4"),
+        (dict(resolution=["20"], preset="small"), "sample_size=20: .* multiples of 16"),
+        (dict(resolution=["8x10"]), r"sample_size=\(8, 10\): .* multiples of 4"),
         (dict(encoder_channels=[8, 12]), r"encoder_channels=\(8, 12\): expected multiples of norm_num_groups=8"),
         (dict(encoder_channels=[]), "encoder_channels="),
         (dict(gamma=None, num_train_timesteps=1000), "gamma=100.0, floor=0.1"),
         (dict(train_data_dir="./no/such/folder"), "./no/such/folder"),
-        pytest.param(dict(resolution=["18"], use_structure=False), "multiples of 4", marks=NO_SIZE_CHECK),
-        pytest.param(dict(resolution=["24"], encoder_channels=[8] * 4), "multiples of 16", marks=NO_SIZE_CHECK),
+        pytest.param(dict(resolution=["9"], use_structure=False), "multiples of 2", marks=NO_SIZE_CHECK),
+        pytest.param(dict(resolution=["12"], encoder_channels=[8] * 4), "multiples of 8", marks=NO_SIZE_CHECK),
     ],
     ids=str,
 )
@@ -1007,7 +1005,7 @@ def test_what_no_run_can_be_made_of_is_refused_and_writes_nothing(toy_x, changes
 
 @pytest.mark.parametrize("good", [True, False])
 def test_the_script(toy_x, monkeypatch, capsys, good):
-    flags = toy_x(max_train_steps=1, autoencoder_steps=1, prior="normal", resolution=["16" if good else "20"])
+    flags = toy_x(max_train_steps=1, autoencoder_steps=1, prior="normal", resolution=["8" if good else "10"])
     words = [str(SCRIPT)]
     for name, value in flags.items():
         words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
@@ -1020,7 +1018,7 @@ def test_the_script(toy_x, monkeypatch, capsys, good):
         runpy.run_path(str(SCRIPT), run_name="__main__")
     errors = capsys.readouterr().err
     assert caught.value.code == 2 and not Path(flags["output_dir"]).exists()
-    assert errors.splitlines()[-1].startswith("error: sample_size=20: expected")
+    assert errors.splitlines()[-1].startswith("error: sample_size=10: expected")
 
 
 def test_help_needs_no_torch():

@@ -10,6 +10,7 @@ CLIP = 100.0  # squared errors, in units of their expectation, beyond which the 
 SHORTEST = 0.01  # of the noise process: earlier times are left to the last step, whose result is the estimate itself
 ACTIVE = 0.05  # variance of its mean over the images from which a latent dimension says something
 RIDGE = 1e-3  # added to the diagonal of the prior's covariances
+NOISY = 0.25  # share of the autoencoder's inputs that are noisy, for restoring
 GRAY = 0.5  # the structure of a network that has none
 
 
@@ -24,7 +25,7 @@ class PixelAwareSettings(TrainingSettings):
     resolution: tuple[str, ...] = ("32",)
     """Size of the images, a number or HEIGHTxWIDTH."""
     preset: Literal["tiny", "mini", "small", "paper-cifar10", "paper-celeba"] = "small"
-    """Both networks. tiny and mini are for a CPU."""
+    """Both networks. tiny and mini are for a CPU: squares of pixels enter as channels, so that 16 make a side."""
     encoder_channels: tuple[int, ...] | None = None
     """Channels of each level of the UNet, instead of the preset's."""
     latent_dim: int | None = None
@@ -53,7 +54,7 @@ class PixelAwareSettings(TrainingSettings):
     """Prior of the latents: fitted after the training of the autoencoder, or N(0, I)."""
     prior_components: int = 64
     """Gaussians of the fitted prior, at most: each gets 8 images for every latent dimension in use."""
-    prior_images: int = 30_000
+    prior_images: int = 10_000
     """Images that it is fitted to, at most."""
     autoencoder_steps: int = 5_000
     """Optimiser steps of the autoencoder; max_train_steps counts those of the network."""
@@ -88,7 +89,9 @@ class PixelAwareSettings(TrainingSettings):
 def build_autoencoder(settings: PixelAwareSettings, channels: int):
     from pyrdiff.models import ScaleAutoencoder
 
-    overrides = {} if settings.latent_dim is None else {"latent_dim": settings.latent_dim}
+    overrides = squares(settings)
+    if settings.latent_dim is not None:
+        overrides["latent_dim"] = settings.latent_dim
     return ScaleAutoencoder.from_preset(
         settings.preset,
         image_channels=channels,
@@ -103,9 +106,9 @@ def build_autoencoder(settings: PixelAwareSettings, channels: int):
 def build_unet(settings: PixelAwareSettings, channels: int):
     from pyrdiff.models import ParallelTrajectoryUNet2DModel
 
-    overrides = {} if settings.encoder_channels is None else {"encoder_channels": settings.encoder_channels}
-    if overrides:
-        overrides["decoder_channels"] = None
+    overrides = squares(settings)
+    if settings.encoder_channels is not None:
+        overrides |= {"encoder_channels": settings.encoder_channels, "decoder_channels": None}
     return ParallelTrajectoryUNet2DModel.from_preset(
         settings.preset,
         image_channels=channels,
@@ -121,6 +124,11 @@ def build_unet(settings: PixelAwareSettings, channels: int):
 def sample_size(settings: PixelAwareSettings) -> int | tuple[int, int]:
     height, width = settings.sizes[0]
     return height if height == width else (height, width)
+
+
+def squares(settings: PixelAwareSettings) -> dict[str, int]:
+    """The `patch_size` of CPU-sized networks, with which the shorter side of their finest maps is 16."""
+    return {"patch_size": max(min(settings.sizes[0]) // 16, 1)} if settings.preset in ("tiny", "mini") else {}
 
 
 def steps_of(settings: PixelAwareSettings) -> int:
@@ -164,8 +172,8 @@ def some_images(scheduler, images, count: int, batch: int = 256):
 
 def autoencoder_loss(network, scheduler, settings: PixelAwareSettings, batch, draws):
     """
-    The bound of section 3.2's VAE in mode "structure": the error of the structure as an image, half of the inputs
-    clean, half noisy. In mode "paper" the error of x_delta of noisy inputs. Nats for each value of the image.
+    The bound of section 3.2's VAE in mode "structure": the error of the structure as an image, of clean inputs and of
+    some noisy ones. In mode "paper" the error of x_delta of noisy inputs. Nats for each value of the image.
     """
     import torch
 
@@ -173,7 +181,7 @@ def autoencoder_loss(network, scheduler, settings: PixelAwareSettings, batch, dr
     count, total = len(clean), len(scheduler)
     timesteps = 1 + draws.integers(total, count)
     if settings.mode == "structure":
-        timesteps = torch.where(draws.uniform(count) < 0.5, 0, timesteps)
+        timesteps = torch.where(draws.uniform(count) < NOISY, timesteps, 0)
     noisy = scheduler.add_noise(clean, draws.normal(*clean.shape), timesteps)
     output = network(noisy, timesteps, posterior_noise=draws.normal(count, network_config(network).latent_dim))
     target = scheduler.image_scale(clean) if settings.mode == "paper" else clean
@@ -213,7 +221,7 @@ def fit_prior(settings: PixelAwareSettings, network, images) -> None:
         )
     codes = torch.cat(codes)[:, active].double().numpy()
     components = int(np.clip(len(codes) // (8 * len(active)), 1, settings.prior_components))
-    mixture = GaussianMixture(components, reg_covar=RIDGE, max_iter=60, random_state=settings.seed).fit(codes)
+    mixture = GaussianMixture(components, reg_covar=RIDGE, max_iter=50, random_state=settings.seed).fit(codes)
     network.set_prior(
         torch.from_numpy(mixture.weights_),
         torch.from_numpy(mixture.means_),
@@ -221,8 +229,8 @@ def fit_prior(settings: PixelAwareSettings, network, images) -> None:
         active,
     )
     print(
-        f"prior: {components} Gaussians on {len(active)} of {codes.shape[1]} latents in use, {len(codes)} images, "
-        f"{mixture.score(codes):.2f} nats an image",
+        f"prior: {components} Gaussians on {len(active)} of {network.config.latent_dim} latents in use, "
+        f"{len(codes)} images, {mixture.score(codes):.2f} nats an image",
         flush=True,
     )
 
