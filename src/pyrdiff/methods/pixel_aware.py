@@ -109,7 +109,7 @@ def build_unet(settings: PixelAwareSettings, channels: int):
     overrides = squares(settings)
     if settings.encoder_channels is not None:
         overrides |= {"encoder_channels": settings.encoder_channels, "decoder_channels": None}
-    return ParallelTrajectoryUNet2DModel.from_preset(
+    network = ParallelTrajectoryUNet2DModel.from_preset(
         settings.preset,
         image_channels=channels,
         sample_size=sample_size(settings),
@@ -119,6 +119,10 @@ def build_unet(settings: PixelAwareSettings, channels: int):
         target="noise" if settings.mode == "paper" else "clean",
         **overrides,
     )
+    multiple = network.config.patch_size * 2 ** (len(network.config.encoder_channels) - 1)
+    if any(side % multiple for side in settings.sizes[0]):
+        raise ValueError(f"resolution={settings.resolution}: expected multiples of {multiple} for this network")
+    return network
 
 
 def sample_size(settings: PixelAwareSettings) -> int | tuple[int, int]:
@@ -217,7 +221,7 @@ def fit_prior(settings: PixelAwareSettings, network, images) -> None:
     if len(active) < 1:
         raise ValueError(
             f"recon_std={settings.recon_std}: the autoencoder uses none of its latents after this training; expected "
-            "more autoencoder_steps, a smaller recon_std, or prior='normal'"
+            "another output_dir with more autoencoder_steps, a smaller recon_std or prior='normal'"
         )
     codes = torch.cat(codes)[:, active].double().numpy()
     components = int(np.clip(len(codes) // (8 * len(active)), 1, settings.prior_components))
@@ -351,12 +355,12 @@ def head_steps(settings: PixelAwareSettings, total: int, draws) -> list[int]:
 def head_loss(scheduler, noises, noisy, clean, timesteps, steps, structure):
     """
     Eq. 15 with the noise at j replaced by its expectation given the sample and the image: the same minimiser and the
-    same expected gradient, with less variance, and no path needs to be drawn. Mean over the steps j <= i.
+    same expected gradient, with less variance, and no path needs to be drawn. Twice the mean over all steps, since
+    about half of them are masked (j > i).
     """
     target = scheduler.tied_noise(noisy, clean, timesteps, steps, structure)
-    kept = (timesteps[None] >= timesteps.new_tensor(steps)[:, None]).float()[:, :, None, None, None]
-    errors = (noises.float() - target).square() * kept
-    return errors.sum() / (kept.sum() * clean[0].numel()).clamp(min=1)
+    kept = timesteps[None] >= timesteps.new_tensor(steps)[:, None]
+    return 2 * ((noises.float() - target).square() * kept[:, :, None, None, None]).mean()
 
 
 def build_pipeline(settings: PixelAwareSettings, network, scheduler, images, given=None):

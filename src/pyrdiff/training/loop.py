@@ -72,7 +72,8 @@ def train(method: Method, settings: TrainingSettings) -> Path:
 
     # Data.
     if accelerator.is_main_process:
-        checkpoints.sweep_strays(folder)
+        for place in (folder, *([folder / first[0].name] if first else [])):
+            checkpoints.sweep_strays(place)
     with accelerator.main_process_first():
         source = open_source(
             settings.train_data_dir or settings.dataset_name,
