@@ -569,7 +569,10 @@ def test_an_autoencoder_that_uses_no_latent_is_refused(trained_autoencoder):
     settings, network = trained_autoencoder(recon_std=0.08)
     with torch.no_grad():
         network.to_moments.weight.zero_()
-    with pytest.raises(ValueError, match="^recon_std=0.08: .* expected another output_dir with more autoencoder_steps, .* prior='normal'"):
+    with pytest.raises(
+        ValueError,
+        match="^recon_std=0.08: .* expected another output_dir with more autoencoder_steps, .* prior='normal'",
+    ):
         pixel_aware.fit_prior(settings, network, levels_of(photos(24)))
     assert network.config.prior_components is None
 
