@@ -118,7 +118,8 @@ class ParallelTrajectoryPipeline(DiffusionPipeline):
         r"""
         Args:
             batch_size: Number of images; with `image` or `latents`, theirs.
-            num_passes: Network calls, evenly spaced over the timesteps; up to T, which is ancestral sampling.
+            num_passes: Network calls, evenly spaced from T to T / `num_passes`; the last of two or three at T / 4,
+                where it was found to serve best. Up to T, which is ancestral sampling.
             mode: "structure", or "paper" for algorithm 1 as printed, which diverges unless its noises are exact (a
                 warning says so). By default the scheduler's.
             image: An image to start from, instead of a draw from the prior. With `timestep` 0 it is a clean one (PIL,
@@ -172,7 +173,7 @@ class ParallelTrajectoryPipeline(DiffusionPipeline):
             sample = scheduler.prior_sample(structure, generator=generator)
         else:
             sample = given.to(device, torch.float32)
-        times = [round(start * k / num_passes) for k in range(num_passes, -1, -1)]
+        times = self._times(start, num_passes)
 
         # 4. The passes: the clean estimate, the states that follow from it, and the step to the next pass.
         lowest, states = scheduler.config.epsilon, []
@@ -202,6 +203,13 @@ class ParallelTrajectoryPipeline(DiffusionPipeline):
 
         # 5. From [epsilon, 1] to what was asked for.
         return self._output(sample, structure, states, steps, output_type, return_dict)
+
+    @staticmethod
+    def _times(start: int, num_passes: int) -> list[int]:
+        """Descending timesteps of the passes, and 0."""
+        last = start / max(num_passes, min(4, start)) if num_passes > 1 else start
+        between = max(num_passes - 1, 1)
+        return [*(round(start - (start - last) * k / between) for k in range(num_passes)), 0]
 
     def _network(self, sample, timestep, structure, steps=None):
         """The network's output; a network without structure is not given one."""
