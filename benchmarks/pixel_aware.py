@@ -78,6 +78,8 @@ def arms_of(pipeline) -> dict[str, tuple]:
         return found
     found = {"structure only": (0, structure)}
     found.update({f"{passes} pass{'es' * (passes > 1)}": by_passes(passes) for passes in PASSES})
+    total = len(pipeline.scheduler)
+    found[f"2 passes, at {total} and {total // 4}"] = (2, by_passes(1, timesteps=[total, total // 4])[1])
     return {**found, "4 passes, eta 0": by_passes(4, eta=0.0), "1 pass, prior N(0, I)": (1, normal_prior)}
 
 

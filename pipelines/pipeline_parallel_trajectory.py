@@ -104,6 +104,7 @@ class ParallelTrajectoryPipeline(DiffusionPipeline):
         image: PIL.Image.Image | np.ndarray | torch.Tensor | list | None = None,
         timestep: int | None = None,
         latents: torch.Tensor | None = None,
+        timesteps: Sequence[int] | None = None,
         eta: float | None = None,
         clip_sample: bool = True,
         reading: Literal["A", "B"] = "A",
@@ -118,8 +119,7 @@ class ParallelTrajectoryPipeline(DiffusionPipeline):
         r"""
         Args:
             batch_size: Number of images; with `image` or `latents`, theirs.
-            num_passes: Network calls, evenly spaced from T to T / `num_passes`; the last of two or three at T / 4,
-                where it was found to serve best. Up to T, which is ancestral sampling.
+            num_passes: Network calls, evenly spaced over the timesteps; up to T, which is ancestral sampling.
             mode: "structure", or "paper" for algorithm 1 as printed, which diverges unless its noises are exact (a
                 warning says so). By default the scheduler's.
             image: An image to start from, instead of a draw from the prior. With `timestep` 0 it is a clean one (PIL,
@@ -128,6 +128,8 @@ class ParallelTrajectoryPipeline(DiffusionPipeline):
                 sample x_i, a tensor [B, C, H, W], such as `scheduler.add_noise` makes it, and is restored.
             timestep: Of `image`, a whole number in [0, T]; needed with it.
             latents: [B, Z] of the autoencoder, instead of a draw from its prior.
+            timesteps: Of the passes, instead of `num_passes`: descending whole numbers from T, or from the image's
+                timestep. A later last pass leaves less blur and, of a network that is hardly trained, more noise.
             eta: Share of fresh noise between passes, in [0, 1]; by default the scheduler's. In mode "paper" the factor
                 on algorithm 1's noise.
             clip_sample: Whether each clean estimate is clipped to [epsilon, 1].
@@ -150,18 +152,21 @@ class ParallelTrajectoryPipeline(DiffusionPipeline):
         mode = scheduler.config.mode if mode is None else mode
         start = len(scheduler) if timestep in (None, 0) else timestep
         self._check_inputs(
-            batch_size, num_passes, mode, image, timestep, latents, generator, output_type,
+            batch_size, mode, image, timestep, latents, generator, output_type,
             callback_on_step_end_tensor_inputs,
         )  # fmt: skip
         scheduler._check_eta(scheduler.config.eta if eta is None else eta)
         scheduler._check_reading(reading)
+        times = self._times(num_passes, timesteps, start)
         steps = self._trajectory_steps(return_trajectory, trajectory_steps, start)
         given = None if image is None else self._image(image, timestep)
         rows = batch_size if given is None and latents is None else len(given if latents is None else latents)
         if isinstance(generator, list) and len(generator) != rows:
             raise ValueError(f"generator has {len(generator)} entries: expected one, or one for each of {rows}")
-        self._interrupt, self._num_timesteps = False, 1 if mode == "paper" else num_passes
+        self._interrupt, self._num_timesteps = False, len(times)
         if mode == "paper":
+            if len(times) > 1:
+                raise ValueError(f"num_passes={len(times)} in mode='paper': expected 1")
             return self._paper(given, timestep, reading, eta, steps, generator, output_type, return_dict)
 
         # 2. The structure: of a latent, or of the image.
@@ -173,11 +178,11 @@ class ParallelTrajectoryPipeline(DiffusionPipeline):
             sample = scheduler.prior_sample(structure, generator=generator)
         else:
             sample = given.to(device, torch.float32)
-        times = self._times(start, num_passes)
+        times = [*times, 0]
 
         # 4. The passes: the clean estimate, the states that follow from it, and the step to the next pass.
         lowest, states = scheduler.config.epsilon, []
-        with self.progress_bar(total=num_passes) as progress:
+        with self.progress_bar(total=len(times) - 1) as progress:
             for index, (time, next_time) in enumerate(zip(times, times[1:], strict=False)):
                 if self.interrupt:
                     continue
@@ -203,13 +208,6 @@ class ParallelTrajectoryPipeline(DiffusionPipeline):
 
         # 5. From [epsilon, 1] to what was asked for.
         return self._output(sample, structure, states, steps, output_type, return_dict)
-
-    @staticmethod
-    def _times(start: int, num_passes: int) -> list[int]:
-        """Descending timesteps of the passes, and 0."""
-        last = start / max(num_passes, min(4, start)) if num_passes > 1 else start
-        between = max(num_passes - 1, 1)
-        return [*(round(start - (start - last) * k / between) for k in range(num_passes)), 0]
 
     def _network(self, sample, timestep, structure, steps=None):
         """The network's output; a network without structure is not given one."""
@@ -286,6 +284,20 @@ class ParallelTrajectoryPipeline(DiffusionPipeline):
         size = config.sample_size
         return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
+    def _times(self, num_passes: int, timesteps: Sequence[int] | None, start: int) -> list[int]:
+        """The timesteps of the passes, descending from the start."""
+        if not self._is_count(num_passes) or num_passes > start:
+            raise ValueError(f"num_passes={num_passes!r}: expected a whole number from 1 to {start}")
+        if timesteps is None:
+            return [round(start * k / num_passes) for k in range(num_passes, 0, -1)]
+        if num_passes != 1:
+            raise ValueError(f"num_passes={num_passes}, timesteps={list(timesteps)}: expected one of the two")
+        times = list(timesteps)
+        good = all(isinstance(time, int) and not isinstance(time, bool) for time in times)
+        if not good or times != sorted(set(times), reverse=True) or times[:1] != [start] or times[-1] < 1:
+            raise ValueError(f"timesteps={times}: expected descending whole numbers from {start} to 1 or more")
+        return times
+
     def _trajectory_steps(self, wanted: bool, steps: Sequence[int] | None, start: int) -> list[int]:
         """The steps to return, descending."""
         if not wanted:
@@ -298,9 +310,7 @@ class ParallelTrajectoryPipeline(DiffusionPipeline):
             raise ValueError(f"trajectory_steps={steps}: expected different whole numbers from 1 to {start}")
         return sorted(steps, reverse=True)
 
-    def _check_inputs(
-        self, batch_size, num_passes, mode, image, timestep, latents, generator, output_type, tensor_inputs
-    ) -> None:
+    def _check_inputs(self, batch_size, mode, image, timestep, latents, generator, output_type, tensor_inputs) -> None:
         total = len(self.scheduler)
         if not self._is_count(batch_size):
             raise ValueError(f"batch_size={batch_size!r}: expected a whole number from 1 up")
@@ -313,17 +323,12 @@ class ParallelTrajectoryPipeline(DiffusionPipeline):
             raise ValueError(
                 f"image {'without' if timestep is None else 'missing with'} timestep: expected both or none"
             )
-        start = timestep or total
-        if not self._is_count(num_passes) or num_passes > start:
-            raise ValueError(f"num_passes={num_passes!r}: expected a whole number from 1 to {start}")
         if mode == "paper":
             if not timestep:
                 raise ValueError(
                     "mode='paper' needs a noisy image and its timestep from 1 up: algorithm 1 starts from a sample of "
                     "the forward process and defines no other start; expected both, or mode='structure'"
                 )
-            if num_passes != 1:
-                raise ValueError(f"num_passes={num_passes} in mode='paper': expected 1")
             if self.autoencoder is None:
                 raise ValueError("mode='paper' needs an autoencoder, which estimates the image scale")
         elif self.unet.config.target != "clean":

@@ -133,14 +133,7 @@ def known(truth: torch.Tensor, **settings) -> Known:
 # One call, or a few
 
 
-TIMES = {
-    1: [20],
-    2: [20, 5],
-    3: [20, 12, 5],
-    4: [20, 15, 10, 5],
-    7: [20, 17, 14, 11, 9, 6, 3],
-    T: list(range(T, 0, -1)),
-}
+TIMES = {1: [20], 2: [20, 10], 3: [20, 13, 7], 4: [20, 15, 10, 5], 7: [20, 17, 14, 11, 9, 6, 3], T: [*range(T, 0, -1)]}
 
 
 @pytest.mark.parametrize("passes", TIMES)
@@ -238,6 +231,16 @@ def test_it_is_the_schedulers_own_loop(passes, eta, clip):
     assert torch.equal(ours.images, sample) and torch.equal(ours.structure, structure)
 
 
+def test_passes_are_at_the_timesteps_that_are_asked_for():
+    pipeline, run = quiet(), dict(output_type="latent", return_trajectory=True)
+    calls = watch(pipeline.unet)
+    found = pipeline(2, timesteps=[20, 15, 10, 5], generator=seeded(), **run)
+    same = pipeline(2, num_passes=4, generator=seeded(), **run)
+    assert torch.equal(found.images, same.images) and pipeline.num_timesteps == 4
+    pipeline(2, timesteps=(20, 3))
+    assert [call["timestep"] for call in calls[8:]] == [20, 3]
+
+
 def test_the_mode_is_the_schedulers_unless_told():
     image = pictures(1)
     paper = quiet(scheduler=process(mode="paper"))
@@ -258,7 +261,7 @@ def test_a_noisy_image_is_where_it_starts(passes):
     with torch.no_grad():
         structure = pipeline.autoencoder.decode(pipeline.autoencoder.encode(noisy, time)[0])
     assert torch.equal(result.structure, structure)
-    assert [call["timestep"] for call in calls] == {1: [13], 3: [13, 8, 3]}[passes]
+    assert [call["timestep"] for call in calls] == {1: [13], 3: [13, 9, 4]}[passes]
     wanted = pipeline.scheduler.precondition(noisy, time, structure)[0]
     assert torch.equal(calls[0]["sample"], wanted) and torch.equal(calls[0]["structure"], structure)
 
@@ -657,6 +660,12 @@ MISFIT = dict(image=pictures(1), timestep=3)
         ("image without timestep", dict(image=pictures(1))),
         ("image missing with timestep", dict(timestep=4)),
         ("image missing with timestep", dict(timestep=0)),
+        ("num_passes=2, timesteps=", dict(num_passes=2, timesteps=[20, 5])),
+        ("timesteps=.* from 20", dict(timesteps=[19, 5])),
+        ("timesteps=.* from 3", dict(timesteps=[20, 1], **MISFIT)),
+        ("timesteps=.* descending", dict(timesteps=[20, 5, 5])),
+        ("timesteps=.* or more", dict(timesteps=[20, 0])),
+        ("timesteps=.* whole", dict(timesteps=[20, 1.5])),
         ("num_passes=0", dict(num_passes=0)),
         ("num_passes=21", dict(num_passes=21)),
         ("num_passes=1.0", dict(num_passes=1.0)),
