@@ -24,9 +24,9 @@ import scoring
 PASSES = (1, 2, 4, 8, 16)
 NO_STRUCTURE = (1, 4, 8, 16, 32, 100)
 STOCK = {
-    "DDPM 100": ("DDPMScheduler", {}, 100),
-    "DDIM 50": ("DDIMScheduler", {}, 50),
-    "DDIM 10": ("DDIMScheduler", {}, 10),
+    "DDPM 100, trailing": ("DDPMScheduler", {"timestep_spacing": "trailing"}, 100),
+    "DDIM 50, trailing": ("DDIMScheduler", {"timestep_spacing": "trailing"}, 50),
+    "DDIM 10, trailing": ("DDIMScheduler", {"timestep_spacing": "trailing"}, 10),
     "DPM-Solver++ 20": ("DPMSolverMultistepScheduler", {}, 20),
     "DPM-Solver++ 10": ("DPMSolverMultistepScheduler", {}, 10),
     "DPM-Solver++ 10, log-SNR": ("DPMSolverMultistepScheduler", {"use_lu_lambdas": True}, 10),
@@ -64,7 +64,7 @@ def arms_of(pipeline) -> dict[str, tuple]:
 
     def algorithm_1(count, generator):
         size, total = (pipeline.unet.config.image_channels, *pipeline._size()), len(pipeline.scheduler)
-        noise = torch.randn((count, *size), generator=generator)
+        noise = torch.randn((count, *size), generator=generator, device=generator.device)
         found = pipeline(image=noise, timestep=total, mode="paper", generator=generator, output_type="latent").images
         return 2 * pipeline.scheduler.from_range(found).nan_to_num(0.5).clamp(-10, 10) - 1
 
@@ -181,6 +181,8 @@ def measure(options) -> dict:
             "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
             "training": residual_sr.training_of(folder),
         }
+    if not runs:
+        raise SystemExit(f"--only {options.only}: expected a part of some 'METHOD, ARM'")
     shape = next(iter(runs.values()))[2](1, torch.Generator(device).manual_seed(0)).shape
     channels, size = shape[1], tuple(shape[-2:])
     scorer = scoring.Scorer(
@@ -264,6 +266,10 @@ def save_grid(images, path: str) -> None:
     save_grid([pictures[first : first + 8] for first in range(0, len(pictures), 8)], Path(path))
 
 
+def digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
+
+
 def grouped(result: dict) -> dict[tuple, list[dict]]:
     """Rows of all seeds by (method, arm)."""
     found: dict[tuple, list[dict]] = {}
@@ -289,7 +295,7 @@ def table(result: dict) -> str:
     ]
     held = result["rows"][0]
     lines.append(
-        f"| unseen images | | | | {held['frechet']:.0f} | {held['precision_recall'][0]:.2f}, "
+        f"| unseen images | | | | {digits(held['frechet'])} | {held['precision_recall'][0]:.2f}, "
         f"{held['precision_recall'][1]:.2f} | {held['nearest']:.3f} | {held['copies']:.2f} | | |"
     )
     for (method, name), rows in grouped(result).items():
@@ -297,11 +303,11 @@ def table(result: dict) -> str:
         def mean(key, rows=rows):
             return statistics.mean(row[key] for row in rows)
 
-        values = ", ".join(f"{row['frechet']:.0f}" for row in rows)
+        values = ", ".join(digits(row["frechet"]) for row in rows)
         each = f" ({values})" if len(rows) > 1 else ""
         sides = [statistics.mean(row["precision_recall"][k] for row in rows) for k in (0, 1)]
         lines.append(
-            f"| {method} | {name} | {rows[0]['calls']} | {mean('nfe_eq'):.2f} | {mean('frechet'):.0f}{each} | "
+            f"| {method} | {name} | {rows[0]['calls']} | {mean('nfe_eq'):.2f} | {digits(mean('frechet'))}{each} | "
             f"{sides[0]:.2f}, {sides[1]:.2f} | {mean('nearest'):.3f} | {mean('copies'):.2f} | {mean('seconds'):.4f} | "
             f"{mean('seconds_alone'):.4f} |"
         )

@@ -5,10 +5,11 @@ Sample a model that pyrdiff exported, with nothing but diffusers:
 
 Writes every image, and a picture of how they came about. Of a pyramidal model that is pyramid.png: each level of the
 same samples, with its steps and seconds. Of a pixel-aware one it is trajectory.png: structure, the states that follow
-from the network's prediction, and the samples of 1 to `--num_passes` calls.
+from the network's predictions, and the samples.
 """
 
 import argparse
+import sys
 import time
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -26,7 +27,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--num_inference_steps", type=int, help="network calls at the lowest level (100)")
     parser.add_argument("--refine_steps", type=int, help="network calls at each higher level (8)")
     parser.add_argument("--refine_strength", type=float, help="noise that higher levels start from, (0, 1] (0.3)")
-    parser.add_argument("--num_passes", type=int, default=1, help="network calls of a pixel-aware model")
+    parser.add_argument("--num_passes", type=int, help="network calls of a pixel-aware model (1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default=None, help="by default the GPU if there is one")
     return parser.parse_args()
@@ -68,10 +69,13 @@ def main() -> None:
     generators = [torch.Generator().manual_seed(options.seed + index) for index in range(options.batch_size)]
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    if hasattr(pipeline, "autoencoder"):
-        images = generate_in_few_calls(pipeline, options, generators, folder)
-    else:
-        images = generate_from_coarse_to_fine(pipeline, options, generators, folder)
+    quick = hasattr(pipeline, "autoencoder")
+    others = ("plan", "num_inference_steps", "refine_steps", "refine_strength") if quick else ("num_passes",)
+    for name in others:
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name}: not for a {type(pipeline).__name__}")
+    generate = generate_in_few_calls if quick else generate_from_coarse_to_fine
+    images = generate(pipeline, options, generators, folder)
     for index, image in enumerate(images):
         image.save(folder / f"{options.seed + index:05d}.png")
 
@@ -81,11 +85,12 @@ def generate_in_few_calls(pipeline, options: argparse.Namespace, generators: lis
     from diffusers.utils import make_image_grid
 
     total = len(pipeline.scheduler)
-    steps = [total * k // 8 for k in range(8, 0, -1)]
+    steps = sorted({max(total * k // 8, 1) for k in range(1, 9)}, reverse=True)
+    passes = 1 if options.num_passes is None else options.num_passes
     began = time.perf_counter()
     output = pipeline(
         options.batch_size,
-        num_passes=options.num_passes,
+        num_passes=passes,
         generator=generators,
         return_trajectory=True,
         trajectory_steps=steps,
@@ -95,7 +100,7 @@ def generate_in_few_calls(pipeline, options: argparse.Namespace, generators: lis
     rows = zip(*columns, strict=True)
     grid = make_image_grid([image for row in rows for image in row], options.batch_size, len(columns))
     grid.save(folder / "trajectory.png")
-    print(f"{options.batch_size} images in {seconds:.2f} s by {options.num_passes} calls: {folder / 'trajectory.png'}")
+    print(f"{options.batch_size} images in {seconds:.2f} s, {passes} network calls: {folder / 'trajectory.png'}")
     return output.images
 
 
@@ -125,4 +130,8 @@ def generate_from_coarse_to_fine(pipeline, options: argparse.Namespace, generato
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

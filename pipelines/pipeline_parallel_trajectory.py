@@ -73,6 +73,11 @@ class ParallelTrajectoryPipeline(DiffusionPipeline):
                 f"unet has num_train_timesteps={config.num_train_timesteps}: expected the scheduler's "
                 f"{scheduler.config.num_train_timesteps}"
             )
+        if autoencoder is not None and autoencoder.config.epsilon != scheduler.config.epsilon:
+            raise ValueError(
+                f"autoencoder has epsilon={autoencoder.config.epsilon}: expected the scheduler's "
+                f"{scheduler.config.epsilon}"
+            )
         if autoencoder is None and config.sample_size is None:
             raise ValueError("unet has sample_size=None: expected a size, where there is no autoencoder to say it")
         if autoencoder is not None and autoencoder.config.num_train_timesteps != len(scheduler):
@@ -132,7 +137,7 @@ class ParallelTrajectoryPipeline(DiffusionPipeline):
                 timestep. A later last pass leaves less blur and, of a network that is hardly trained, more noise.
             eta: Share of fresh noise between passes, in [0, 1]; by default the scheduler's. In mode "paper" the factor
                 on algorithm 1's noise.
-            clip_sample: Whether each clean estimate is clipped to [epsilon, 1].
+            clip_sample: Whether each clean estimate is clipped to [epsilon, 1]; not in mode "paper".
             reading: Of algorithm 1's line 9, see `PixelAwareScheduler.step_paper`.
             return_trajectory: Whether to return the states at `trajectory_steps` as well, at no further network call.
             trajectory_steps: Whole numbers in [1, T] up to the first timestep; by default all of them.
@@ -292,7 +297,7 @@ class ParallelTrajectoryPipeline(DiffusionPipeline):
             return [round(start * k / num_passes) for k in range(num_passes, 0, -1)]
         if num_passes != 1:
             raise ValueError(f"num_passes={num_passes}, timesteps={list(timesteps)}: expected one of the two")
-        times = list(timesteps)
+        times = list(timesteps) if isinstance(timesteps, Sequence) else [timesteps]
         good = all(isinstance(time, int) and not isinstance(time, bool) for time in times)
         if not good or times != sorted(set(times), reverse=True) or times[:1] != [start] or times[-1] < 1:
             raise ValueError(f"timesteps={times}: expected descending whole numbers from {start} to 1 or more")
@@ -304,7 +309,9 @@ class ParallelTrajectoryPipeline(DiffusionPipeline):
             if steps is not None:
                 raise ValueError("trajectory_steps without return_trajectory=True: expected both")
             return []
-        steps = list(range(1, start + 1)) if steps is None else list(steps)
+        if steps is None:
+            steps = range(1, start + 1)
+        steps = list(steps) if isinstance(steps, Sequence) else [steps]
         good = all(isinstance(step, int) and not isinstance(step, bool) and 1 <= step <= start for step in steps)
         if not steps or not good or len(set(steps)) < len(steps):
             raise ValueError(f"trajectory_steps={steps}: expected different whole numbers from 1 to {start}")
@@ -340,9 +347,9 @@ class ParallelTrajectoryPipeline(DiffusionPipeline):
                 raise ValueError("latents: expected none beside image, or without an autoencoder")
             size = self.autoencoder.config.latent_dim
             fits = isinstance(latents, torch.Tensor) and latents.ndim == 2 and latents.shape[1] == size
-            if not fits or not len(latents):
+            if not fits or not len(latents) or not latents.isfinite().all():
                 raise ValueError(
-                    f"latents: got {getattr(latents, 'shape', type(latents))}; expected a tensor [B, {size}]"
+                    f"latents: got {getattr(latents, 'shape', type(latents))}; expected numbers [B, {size}]"
                 )
         each = generator if isinstance(generator, list) else [generator] if generator is not None else []
         if not all(isinstance(one, torch.Generator) for one in each):

@@ -135,6 +135,10 @@ class PixelAwareScheduler(SchedulerMixin, ConfigMixin):
 
     def check_images(self, name: str, images: torch.Tensor) -> None:
         """Raises `ValueError` unless all values are in [epsilon, 1], up to rounding. Waits for a GPU."""
+        if not images.is_floating_point():
+            raise ValueError(
+                f"{name} has dtype {images.dtype}: expected floating point, in [{self.config.epsilon:g}, 1]"
+            )
         lowest, highest = images.amin().item(), images.amax().item()
         slack = max(1e-6, self.config.epsilon * torch.finfo(images.dtype).eps)  # of epsilon itself in bfloat16
         if not (self.config.epsilon - slack <= lowest and highest <= 1 + slack):

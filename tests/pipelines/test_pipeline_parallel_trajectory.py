@@ -799,6 +799,8 @@ def test_it_loads_where_pyrdiff_is_not_installed(tmp_path):
     expected = {name: sampled(pipeline) for name, pipeline in pipelines.items()}
     for name, pipeline in pipelines.items():
         pyrdiff.hub.export(pipeline, tmp_path / name)
+        card = (tmp_path / name / "README.md").read_text()
+        assert "pipeline_tag: unconditional-image-generation" in card and "pipeline(batch_size=4)" in card
     folders = [str(tmp_path / name) for name in pipelines]
     subprocess.run([sys.executable, "-c", ELSEWHERE, *folders], check=True, timeout=120, cwd=tmp_path)
     for name, pipeline in pipelines.items():

@@ -571,7 +571,7 @@ def test_an_autoencoder_that_uses_no_latent_is_refused(trained_autoencoder):
         network.to_moments.weight.zero_()
     with pytest.raises(
         ValueError,
-        match="^recon_std=0.08: .* expected another output_dir with more autoencoder_steps, .* prior='normal'",
+        match="^recon_std=0.08: .* expected another output_dir with more autoencoder_steps .* prior='normal'",
     ):
         pixel_aware.fit_prior(settings, network, levels_of(photos(24)))
     assert network.config.prior_components is None
@@ -955,6 +955,8 @@ REFUSED = [
     (dict(resolution=["16", "32"]), "resolution"),
     (dict(resolution=["large"]), "resolution"),
     (dict(patch_size=8), "patch_size"),
+    (dict(compile=True, head="lowrank"), "compile"),
+    (dict(mode="paper", head="lowrank", schedule="uniform"), "schedule"),
     (dict(mode="paper"), "head"),
     (dict(mode="paper", head="literal", use_structure=False), "use_structure"),
     (dict(train_batch_size=0), "train_batch_size"),
@@ -997,6 +999,30 @@ def test_what_no_run_can_be_made_of_is_refused_and_writes_nothing(toy_x, changes
     with pytest.raises(ValueError, match=message):
         train_toy(flags)
     assert not Path(flags["output_dir"]).exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [dict(mixed_precision="bf16"), dict(channels_last=True, head="literal"), dict(mode="paper", head="literal")],
+    ids=str,
+)
+def test_trainings_as_they_are_on_a_gpu(toy_x, changes):
+    """In bfloat16, and with the memory format of convolutions, beside which heads have weights of five dimensions."""
+    folder = train_toy(toy_x(max_train_steps=2, autoencoder_steps=2, prior="normal", **changes))
+    assert pyrdiff.load(folder / "pipeline").autoencoder.config.residual_std > 0
+
+
+def test_presets_are_fitted_to_the_images():
+    def unet(size, **more):
+        settings = PixelAwareSettings(train_data_dir="x", resolution=[size], **more)
+        return pixel_aware.build_unet(settings, 1).config
+
+    sizes = {"32": 2, "64": 4, "56": 2, "72": 3, "88": 2, "16": 1, "96x128": 4}
+    assert {size: unet(size, preset="tiny").patch_size for size in sizes} == sizes
+    assert unet("64", encoder_channels=(16, 32)).attention_levels in ((), [])
+    assert unet("64", preset="small", encoder_channels=(32, 32, 32, 32)).attention_levels in ((3,), [3])
+    assert unet("32", head="literal", preset="tiny").head_attention
+    assert not unet("64", head="literal", encoder_channels=(8,)).head_attention
 
 
 @pytest.mark.parametrize("good", [True, False])

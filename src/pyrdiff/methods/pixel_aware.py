@@ -78,7 +78,9 @@ class PixelAwareSettings(TrainingSettings):
         self._check("floor", self.floor is None or 0 <= self.floor < float("inf"), "a number from 0 up")
         self._check("recon_std", 0 < self.recon_std < float("inf"), "a number above 0")
         self._check("autoencoder_share", 0 < self.autoencoder_share < 1, "a number between 0 and 1")
+        self._check("compile", not self.compile or self.head == "tied", "False with a head whose steps are drawn")
         if self.mode == "paper":
+            self._check("schedule", self.schedule == "pixel", "'pixel' with mode='paper'")
             self._check("head", self.head != "tied", "lowrank, grouped or literal with mode='paper'")
             self._check("use_structure", self.use_structure, "True with mode='paper'")
 
@@ -105,10 +107,17 @@ def build_autoencoder(settings: PixelAwareSettings, channels: int):
 
 def build_unet(settings: PixelAwareSettings, channels: int):
     from pyrdiff.models import ParallelTrajectoryUNet2DModel
+    from pyrdiff.models.unet_parallel_trajectory import PRESETS, LiteralHead
 
     overrides = squares(settings)
     if settings.encoder_channels is not None:
+        levels = PRESETS[settings.preset].get("attention_levels", ())
+        levels = tuple(level for level in levels if level < len(settings.encoder_channels))
         overrides |= {"encoder_channels": settings.encoder_channels, "decoder_channels": None}
+        overrides["attention_levels"] = levels
+    height, width = (side // overrides.get("patch_size", 1) for side in settings.sizes[0])
+    if settings.head == "literal" and height * width > LiteralHead.MAX_PIXELS:
+        overrides["head_attention"] = False
     network = ParallelTrajectoryUNet2DModel.from_preset(
         settings.preset,
         image_channels=channels,
@@ -131,8 +140,12 @@ def sample_size(settings: PixelAwareSettings) -> int | tuple[int, int]:
 
 
 def squares(settings: PixelAwareSettings) -> dict[str, int]:
-    """The `patch_size` of CPU-sized networks, with which the shorter side of their finest maps is 16."""
-    return {"patch_size": max(min(settings.sizes[0]) // 16, 1)} if settings.preset in ("tiny", "mini") else {}
+    """The `patch_size` of CPU-sized networks, with which the shorter side of their finest maps is 16 or little more."""
+    if settings.preset not in ("tiny", "mini"):
+        return {}
+    most = max(min(settings.sizes[0]) // 16, 1)
+    fitting = [patch for patch in range(1, most + 1) if all(side % (4 * patch) == 0 for side in settings.sizes[0])]
+    return {"patch_size": max(fitting, default=1)}
 
 
 def steps_of(settings: PixelAwareSettings) -> int:
@@ -181,6 +194,8 @@ def autoencoder_loss(network, scheduler, settings: PixelAwareSettings, batch, dr
     """
     import torch
 
+    from pyrdiff.models import ScaleAutoencoder
+
     clean = in_range(scheduler, batch.images)
     count, total = len(clean), len(scheduler)
     timesteps = 1 + draws.integers(total, count)
@@ -190,8 +205,7 @@ def autoencoder_loss(network, scheduler, settings: PixelAwareSettings, batch, dr
     output = network(noisy, timesteps, posterior_noise=draws.normal(count, network_config(network).latent_dim))
     target = scheduler.image_scale(clean) if settings.mode == "paper" else clean
     error = (output.structure.float() - target).square().mean() / (2 * settings.recon_std**2)
-    mean, log_variance = output.mean.float(), output.log_variance.float()
-    divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()
+    divergence = ScaleAutoencoder.kl(output.mean.float(), output.log_variance.float()).mean()
     return error + divergence / clean[0].numel()
 
 
@@ -200,6 +214,12 @@ def network_config(network):
     while not hasattr(network, "config"):
         network = getattr(network, "module", None) or network._orig_mod
     return network.config
+
+
+def finish_autoencoder(settings: PixelAwareSettings, network, images) -> None:
+    """What is not learned by gradients: how far images are from their structures, and the prior."""
+    network.register_to_config(residual_std=measure_residual(settings, images, network))
+    fit_prior(settings, network, images)
 
 
 def fit_prior(settings: PixelAwareSettings, network, images) -> None:
@@ -221,7 +241,7 @@ def fit_prior(settings: PixelAwareSettings, network, images) -> None:
     if len(active) < 1:
         raise ValueError(
             f"recon_std={settings.recon_std}: the autoencoder uses none of its latents after this training; expected "
-            "another output_dir with more autoencoder_steps, a smaller recon_std or prior='normal'"
+            "another output_dir with more autoencoder_steps or minutes, a smaller recon_std or prior='normal'"
         )
     codes = torch.cat(codes)[:, active].double().numpy()
     components = int(np.clip(len(codes) // (8 * len(active)), 1, settings.prior_components))
@@ -281,7 +301,7 @@ AUTOENCODER = Method(
     loss=autoencoder_loss,
     pipeline=lambda settings, network, scheduler, images: network,
     preview=preview_autoencoder,
-    finish=fit_prior,
+    finish=finish_autoencoder,
 )
 
 
@@ -289,18 +309,24 @@ AUTOENCODER = Method(
 
 
 def build_scheduler(settings: PixelAwareSettings, images, given=None):
-    """The noise process, with the RMS of image minus structure of up to 2048 images, to 3 digits."""
+    """The noise process, with the spread of images about their structures."""
+    if settings.mode == "paper":
+        return build_process(settings)
+    known = None if given is None else given.config.residual_std
+    return build_process(settings, measure_residual(settings, images, given) if known is None else known)
+
+
+def measure_residual(settings: PixelAwareSettings, images, given=None) -> float:
+    """The RMS of image minus structure of up to 2048 images, to 3 digits."""
     import torch
 
     scheduler = build_process(settings)
-    if settings.mode == "paper":
-        return scheduler
     generator, total, count = torch.Generator().manual_seed(settings.seed), 0.0, 0
     for clean in some_images(scheduler, images, 2048):
         noise = torch.randn(len(clean), given.config.latent_dim, generator=generator) if given is not None else None
         structure = structure_of(given, clean if given is None else clean.to(given.device), noise)
         total, count = total + (clean - structure.cpu()).double().square().sum().item(), count + clean.numel()
-    return build_process(settings, float(f"{(total / count) ** 0.5:.3g}"))
+    return float(f"{(total / count) ** 0.5:.3g}")
 
 
 def structure_of(autoencoder, clean, noise):

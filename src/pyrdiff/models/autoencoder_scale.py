@@ -12,6 +12,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
@@ -59,8 +60,8 @@ class ScaleAutoencoderOutput(BaseOutput):
     """
 
     structure: torch.Tensor
-    mean: torch.Tensor
-    log_variance: torch.Tensor
+    mean: torch.Tensor | None = None
+    log_variance: torch.Tensor | None = None
 
 
 class Level(nn.Module):
@@ -108,7 +109,7 @@ class ScaleAutoencoder(ModelMixin, ConfigMixin):
     Convolutional VAE of an image's structure s0, the brightness per pixel that sets the rates of its noise (paper X).
 
     The encoder sees a clean or a noisy image and its time step; the decoder sees a latent vector alone, since a sample
-    of the prior has no time step. After training, a Gaussian mixture fitted to the posterior means is put in by
+    of the prior has no time step. After training, a Gaussian mixture fitted to draws of the posterior is put in by
     `set_prior`, is saved with the weights, and is what `sample_prior` draws from.
 
     Parameters:
@@ -133,6 +134,8 @@ class ScaleAutoencoder(ModelMixin, ConfigMixin):
             `set_prior`, or "normal", N(0, I).
         prior_components (`int`, *optional*): Components K of the mixture. `set_prior` writes this and the next.
         active_latents (`int`, *optional*): Number A of latent dimensions that the mixture is on.
+        residual_std (`float`, *optional*): RMS of the training images minus their structures, measured after training,
+            for the scheduler.
     """
 
     CHOICES = {"output": ("structure", "scale"), "prior": ("gmm", "normal")}
@@ -166,6 +169,7 @@ class ScaleAutoencoder(ModelMixin, ConfigMixin):
         prior: Literal["gmm", "normal"] = "gmm",
         prior_components: int | None = None,
         active_latents: int | None = None,
+        residual_std: float | None = None,
     ):
         super().__init__()
         for name in self.WHOLE:
@@ -254,6 +258,7 @@ class ScaleAutoencoder(ModelMixin, ConfigMixin):
             raise ValueError(f"name={name!r}: expected one of {sorted(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
 
+    @apply_forward_hook
     def encode(self, sample: torch.Tensor, timestep: torch.Tensor | float = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """
         The posterior q(z | x_i, i), a normal distribution with independent dimensions.
@@ -292,6 +297,7 @@ class ScaleAutoencoder(ModelMixin, ConfigMixin):
         mean, log_variance = moments.to(torch.promote_types(moments.dtype, torch.float32)).chunk(2, dim=1)
         return mean, log_variance.clamp(-20.0, 10.0)
 
+    @apply_forward_hook
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """
         The structure s0 = epsilon + (1 - epsilon) sigmoid(u) of latent vectors [B, latent_dim]: [B, C, H, W] in
@@ -474,8 +480,8 @@ class ScaleAutoencoder(ModelMixin, ConfigMixin):
             return None
         if self.config.prior_components is None or not self.prior_weights.any():
             raise ValueError(
-                'prior="gmm", but no mixture was fitted: fit one to the means that encode gives of the training '
-                'images and put it in by set_prior, or ask for prior="normal"'
+                'prior="gmm", but no mixture was fitted: fit one to what encode and sample_latents give '
+                'of the training images and put it in by set_prior, or ask for prior="normal"'
             )
         floats = (self.prior_weights, self.prior_means, self.prior_cholesky)
         return *(buffer.float() for buffer in floats), self.prior_active

@@ -105,8 +105,11 @@ def train(method: Method, settings: TrainingSettings) -> Path:
     # What the method builds on.
     before = None
     if first is not None:
-        before = _run(*first, accelerator, folder / first[0].name, images, batches, networks[0], clock)
-        method = method.building_on(before.finish())
+        run = _run(*first, accelerator, folder / first[0].name, images, batches, networks[0], clock)
+        method = method.building_on(run.finish())
+        before = (run.digest, run.earlier_seconds)
+        del run, networks[0]
+        accelerator.free_memory()  # its optimiser, above all
 
     # The loop, then save.
     run = _run(method, settings, accelerator, folder, images, batches, networks[-1], clock, before)
@@ -134,7 +137,10 @@ def _check_folder(folder: Path, settings: TrainingSettings, within: str | None =
 
 
 class Run:
-    """One training run: its parts and its progress. `before` is the run of what the method builds on."""
+    """
+    One training run: its parts and its progress. `before`: of what the method builds on, the SHA-256 of the weights and
+    the seconds that it took in earlier sessions.
+    """
 
     FINISHED = "finished"  # folder of a network that another method builds on
 
@@ -144,7 +150,7 @@ class Run:
         self.method, self.settings, self.accelerator, self.folder = method, settings, accelerator, folder
         self.images, self.batches, self.scheduler, self.pipeline = images, batches, scheduler, pipeline
         self.network = network
-        self.clock, self.earlier_seconds = clock, 0.0 if before is None else before.earlier_seconds
+        self.clock, self.earlier_seconds = clock, 0.0 if before is None else before[1]
         self.step, self.total_steps = 0, settings.max_train_steps
         self.previewed: int | None = None  # the last step with a picture
         self._schedule: tuple | None = None  # (total steps, factor of the rate by step)
@@ -163,13 +169,13 @@ class Run:
             "seed": settings.seed,
         }
         if before is not None:
-            self.identity["given"] = before.digest
+            self.identity["given"] = before[0]
 
         network.to(accelerator.device)
         on_gpu = accelerator.device.type == "cuda"
         channels_last = on_gpu if settings.channels_last is None else settings.channels_last
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        network.to(memory_format=self.memory_format)
+        self._lay_out(network)
         self.parameters = list(network.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters,
@@ -484,7 +490,16 @@ class Run:
                 print(f"saved {target} after {self.step} steps, {self.seconds / 60:.1f} minutes", flush=True)
             accelerator.wait_for_everyone()
         network = type(self.network).from_pretrained(target, use_safetensors=True)
-        return network.to(accelerator.device, memory_format=self.memory_format).eval().requires_grad_(False)
+        self._lay_out(network.to(accelerator.device))
+        for tracker in accelerator.trackers:
+            tracker.finish()
+        return network.eval().requires_grad_(False)
+
+    def _lay_out(self, network: torch.nn.Module) -> None:
+        """Puts the weights of convolutions into the run's memory format."""
+        for parameter in network.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.data.to(memory_format=self.memory_format)
 
     @property
     def digest(self) -> str:
