@@ -330,7 +330,7 @@ def plot(result: dict, path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5))
     found = grouped(result)
     for method in dict.fromkeys(method for method, _ in found):
-        arms = [rows for (m, _), rows in found.items() if m == method and rows[0]["calls"]]
+        arms = [rows for (m, n), rows in found.items() if m == method and rows[0]["calls"] and "prior" not in n]
         arms.sort(key=lambda rows: rows[0]["seconds"])
         line = axes.plot(
             [1000 * statistics.mean(row["seconds"] for row in rows) for rows in arms],
