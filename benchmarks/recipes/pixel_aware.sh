@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Pixel-aware diffusion beside diffusion with EDM's preconditioning and no structure (sampled by stock solvers), each
-# with as many parameters and as many minutes; ablations on the first seed; then quality against time.
+# Pixel-aware diffusion beside diffusion with EDM's preconditioning and no structure, and beside an ordinary DDPM, both
+# sampled by stock solvers, each with as many parameters and as many minutes; ablations; then quality against time.
 #
 #   benchmarks/recipes/pixel_aware.sh TRAIN TEST OUTPUT [cpu|gpu] [MINUTES an arm] [SEEDS]
 #
@@ -10,8 +10,10 @@ set -euo pipefail
 train=$1 test=$2 output=$3 size=${4:-cpu} seeds=${6:-"0 1"} side=${SIZE:-32}
 case $size in
     cpu) minutes=${5:-10} preset=${PRESET:-tiny} wide=${WIDE:-24 48 80}
+         ddpm=(--preset tiny --block_out_channels 32 64 64 --train_batch_size 32 --mixed_precision no)
          flags=(--train_batch_size 32 --learning_rate 1e-3 --autoencoder_share 0.4 --mixed_precision no) bench=() ;;
-    gpu) minutes=${5:-9} preset=${PRESET:-small} wide=${WIDE:-80 112 144 176}
+    gpu) minutes=${5:-9} preset=${PRESET:-small} wide=${WIDE:-80 112 144 192}
+         ddpm=(--preset small --train_batch_size 512 --mixed_precision bf16)
          flags=(--train_batch_size 512 --learning_rate 1e-3 --mixed_precision bf16)
          bench=(--images 5000 --slow_images 2000 --batch_size 500 --time_batch 64) ;;
     *) echo "size $size: expected cpu or gpu" >&2; exit 2 ;;
@@ -34,6 +36,9 @@ for seed in $seeds; do
     arm pixel-aware "$seed"
     arm no-structure "$seed" --use_structure False --encoder_channels $wide
 done
+python examples/train_pddpm.py "${data[@]}" --output_dir "$output/ddpm-0" --minutes "$minutes" --learning_rate 1e-3 \
+    --cache_dir "$output/cache" --random_flip True --use_coordinates False "${ddpm[@]}"
+models+=("DDPM:0=$output/ddpm-0/pipeline")
 arm uniform-rate 0 --schedule uniform
 arm no-floor 0 --floor 0
 arm paper 0 --mode paper --head literal
