@@ -61,7 +61,7 @@ class PixelAwareScheduler(SchedulerMixin, ConfigMixin):
     _compatibles = []
     order = 1
     BY_MODE = {"structure": {"floor": 0.1, "ramp_power": 3.0}, "paper": {"floor": 0.0, "ramp_power": 1.0}}
-    ENOUGH = 2.0  # gamma * floor from which what x_T tells of the image is below 0.02 nats a pixel
+    ENOUGH = 2.0  # gamma * floor from which x_T tells about 0.001 nats a pixel of the image, or less
     MOST = 80.0  # exp of the largest rate is a float32
 
     @register_to_config
