@@ -67,13 +67,13 @@ def main() -> None:
     pipeline = DiffusionPipeline.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
     pipeline.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     generators = [torch.Generator().manual_seed(options.seed + index) for index in range(options.batch_size)]
-    folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     quick = hasattr(pipeline, "autoencoder")
     others = ("plan", "num_inference_steps", "refine_steps", "refine_strength") if quick else ("num_passes",)
     for name in others:
         if getattr(options, name) is not None:
             raise ValueError(f"--{name}: not for a {type(pipeline).__name__}")
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     generate = generate_in_few_calls if quick else generate_from_coarse_to_fine
     images = generate(pipeline, options, generators, folder)
     for index, image in enumerate(images):

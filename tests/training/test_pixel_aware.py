@@ -1009,7 +1009,8 @@ def test_what_no_run_can_be_made_of_is_refused_and_writes_nothing(toy_x, changes
 def test_trainings_as_they_are_on_a_gpu(toy_x, changes):
     """In bfloat16, and with the memory format of convolutions, beside which heads have weights of five dimensions."""
     folder = train_toy(toy_x(max_train_steps=2, autoencoder_steps=2, prior="normal", **changes))
-    assert pyrdiff.load(folder / "pipeline").autoencoder.config.residual_std > 0
+    measured = pyrdiff.load(folder / "pipeline").autoencoder.config.residual_std
+    assert measured is None if changes.get("mode") == "paper" else measured > 0
 
 
 def test_presets_are_fitted_to_the_images():

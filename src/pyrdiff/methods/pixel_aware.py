@@ -218,7 +218,8 @@ def network_config(network):
 
 def finish_autoencoder(settings: PixelAwareSettings, network, images) -> None:
     """What is not learned by gradients: how far images are from their structures, and the prior."""
-    network.register_to_config(residual_std=measure_residual(settings, images, network))
+    if settings.mode == "structure":
+        network.register_to_config(residual_std=measure_residual(settings, images, network))
     fit_prior(settings, network, images)
 
 
