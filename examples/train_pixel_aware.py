@@ -8,15 +8,15 @@ where it was. Every part is in its own room: the flags, networks, noise process 
 `pyrdiff/methods/pixel_aware.py`, the loop in `pyrdiff/training/loop.py`.
 """
 
+from pyrdiff.cli import parse, run
 from pyrdiff.methods.pixel_aware import METHOD
-from pyrdiff.training.settings import parse, run
 
 
-def main() -> None:
-    settings = parse(METHOD.settings, METHOD.summary)
+def main(args: list[str]) -> dict:
+    settings = parse(METHOD.settings, METHOD.summary, args)
     from pyrdiff.training.loop import train
 
-    train(METHOD, settings)
+    return {"pipeline": str(train(METHOD, settings))}
 
 
 if __name__ == "__main__":

@@ -7,15 +7,15 @@ The low-resolution images are made on the fly. Every part is in its own room: th
 `pyrdiff/methods/sr.py`, the loop in `pyrdiff/training/loop.py`. The same command run again resumes.
 """
 
+from pyrdiff.cli import parse, run
 from pyrdiff.methods.sr import METHOD
-from pyrdiff.training.settings import parse, run
 
 
-def main() -> None:
-    settings = parse(METHOD.settings, METHOD.summary)
+def main(args: list[str]) -> dict:
+    settings = parse(METHOD.settings, METHOD.summary, args)
     from pyrdiff.training.loop import train
 
-    train(METHOD, settings)
+    return {"pipeline": str(train(METHOD, settings))}
 
 
 if __name__ == "__main__":

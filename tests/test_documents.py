@@ -19,7 +19,7 @@ def test_the_readme_names_flags_files_and_names_that_exist():
     from pyrdiff.methods.pddpm import PyramidalSettings
     from pyrdiff.methods.pixel_aware import PixelAwareSettings
     from pyrdiff.methods.sr import SuperResolutionSettings
-    from pyrdiff.training.method import methods
+    from pyrdiff.plugins import methods
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for begin, end, settings in (

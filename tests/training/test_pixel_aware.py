@@ -19,14 +19,15 @@ from PIL import Image
 from torch.distributions import Normal, kl_divergence
 
 import pyrdiff
+from pyrdiff.cli import parse
 from pyrdiff.data import ImageLevels
 from pyrdiff.methods import pixel_aware
 from pyrdiff.methods.pixel_aware import AUTOENCODER, METHOD, PixelAwareSettings
+from pyrdiff.plugins import methods
 from pyrdiff.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from pyrdiff.training.loop import train
 from pyrdiff.training.losses import Draws
-from pyrdiff.training.method import methods
-from pyrdiff.training.settings import TrainingStopped, parse
+from pyrdiff.training.settings import TrainingStopped
 
 SCRIPT = Path(pyrdiff.__file__).parents[2] / "examples" / "train_pixel_aware.py"
 CPU = torch.device("cpu")

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 import pyrdiff
+from pyrdiff.cli import parse, run
 from pyrdiff.methods.pddpm import PyramidalSettings
 from pyrdiff.training.checkpoints import CheckpointError
-from pyrdiff.training.settings import TrainingDiverged, TrainingStopped, parse, run
+from pyrdiff.training.settings import TrainingDiverged, TrainingStopped
 
 SOURCE = Path(pyrdiff.__file__).parents[1]
 SCRIPT = SOURCE.parent / "examples" / "train_pddpm.py"
@@ -93,7 +94,7 @@ def test_a_bad_value_is_one_line(capsys, args, message):
         (("--prediction_type", "noise"), ["--prediction_type", "noise", "epsilon", "v_prediction", "sample"]),
         (("--on_bad_image", "ignore"), ["--on_bad_image", "ignore", "stop", "skip"]),
         (("--image_channels", "4"), ["--image_channels", "4", "1", "3"]),
-        (("--random_flip",), ["--random_flip"]),
+        (("--random_flip", "perhaps"), ["--random_flip", "perhaps", "True", "False"]),
     ],
 )
 def test_a_value_of_another_type_is_named_with_what_is_accepted(capsys, args, named):
@@ -123,7 +124,7 @@ def test_settings_made_in_python_are_checked_too():
     ],
 )
 def test_what_ends_a_script_is_one_line_and_a_code(capsys, error, code):
-    def main():
+    def main(args):
         raise error
 
     with pytest.raises(SystemExit) as caught:
@@ -135,7 +136,7 @@ def test_what_ends_a_script_is_one_line_and_a_code(capsys, error, code):
 
 
 def test_other_errors_keep_their_traceback():
-    def main():
+    def main(args):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):

@@ -18,14 +18,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 import pyrdiff
+from pyrdiff.cli import parse
 from pyrdiff.data import ImageLevels, degrade, shrink
 from pyrdiff.methods import sr
 from pyrdiff.methods.sr import METHOD, SuperResolutionSettings
+from pyrdiff.plugins import methods
 from pyrdiff.training.checkpoints import load_checkpoint
 from pyrdiff.training.loop import train
 from pyrdiff.training.losses import Draws
-from pyrdiff.training.method import methods
-from pyrdiff.training.settings import TrainingStopped, parse
+from pyrdiff.training.settings import TrainingStopped
 
 SCRIPT = Path(pyrdiff.__file__).parents[2] / "examples" / "train_sr.py"
 CPU = torch.device("cpu")

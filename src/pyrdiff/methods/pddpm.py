@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from pyrdiff.training.method import Method
+from pyrdiff.plugins import Method
 from pyrdiff.training.settings import TrainingSettings
 
 CLIP = {"thresholding": True, "sample_max_value": 1.0}  # DPM-Solver's way of clipping the clean estimate to [-1, 1]
@@ -148,6 +148,13 @@ def preview(settings: PyramidalSettings, pipeline, images, path) -> dict[str, fl
     return save_samples(settings, pipeline, images, path)
 
 
+def classes() -> tuple[type, ...]:
+    from pyrdiff.models import CoordinateUNet2DModel
+    from pyrdiff.pipelines import GuidedSRPipeline, PyramidalPipeline
+
+    return CoordinateUNet2DModel, GuidedSRPipeline, PyramidalPipeline
+
+
 METHOD = Method(
     name="pddpm",
     summary="Pyramidal DDPM: train one network at several resolutions, sample from coarse to fine.",
@@ -157,4 +164,9 @@ METHOD = Method(
     loss=loss,
     pipeline=build_pipeline,
     preview=preview,
+    classes=classes,
+    limits=(
+        "It draws images of the kind that it was trained on, without a prompt, and may repeat training "
+        "images where those were few. Sizes far from the trained ones look worse."
+    ),
 )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pyrdiff.training.method import Method
+from pyrdiff.plugins import Method
 from pyrdiff.training.settings import TrainingSettings
 
 CLIP = 100.0  # squared errors, in units of their expectation, beyond which the loss is flat
@@ -428,6 +428,14 @@ def preview(settings: PixelAwareSettings, pipeline, images, path, given=None) ->
     return {}
 
 
+def classes() -> tuple[type, ...]:
+    from pyrdiff.models import ParallelTrajectoryUNet2DModel, ScaleAutoencoder
+    from pyrdiff.pipelines import ParallelTrajectoryPipeline
+    from pyrdiff.schedulers import PixelAwareScheduler
+
+    return ParallelTrajectoryPipeline, ParallelTrajectoryUNet2DModel, PixelAwareScheduler, ScaleAutoencoder
+
+
 METHOD = Method(
     name="pixel_aware",
     summary="Pixel-aware diffusion: train an autoencoder of structures and a network that generates in one call.",
@@ -438,4 +446,9 @@ METHOD = Method(
     pipeline=build_pipeline,
     preview=preview,
     first=first,
+    classes=classes,
+    limits=(
+        "It draws images of one size and of the kind that it was trained on, without a prompt; they are "
+        "smooth, and many passes leave a grain."
+    ),
 )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar, Literal
 
-from pyrdiff.training.method import Method
+from pyrdiff.plugins import Method
 from pyrdiff.training.settings import TrainingSettings
 
 # SR3's public code goes linearly from 1e-6 to 1e-2 in 2000 steps; with other numbers of steps, to the same noise.
@@ -308,6 +308,14 @@ def _validation_array(
     return ImageLevels.build(some, [size], channels, background, on_bad_image, allow_enlarging=False).arrays[0]
 
 
+def classes() -> tuple[type, ...]:
+    from pyrdiff.models import ResidualSRUNet2DModel
+    from pyrdiff.pipelines import ResidualSRPipeline
+    from pyrdiff.schedulers import CosineResidualScheduler
+
+    return CosineResidualScheduler, ResidualSRPipeline, ResidualSRUNet2DModel
+
+
 METHOD = Method(
     name="sr",
     summary="SR4 and SR3: train super-resolution on a folder, by diffusion of what an enlarged image lacks.",
@@ -317,4 +325,9 @@ METHOD = Method(
     loss=loss,
     pipeline=build_pipeline,
     preview=preview,
+    classes=classes,
+    limits=(
+        "Details that it adds are plausible, not true: never use it to read what a picture does not show. "
+        "Inputs made smaller in another way than in training, or of another kind, come out worse."
+    ),
 )

@@ -22,10 +22,10 @@ from tqdm import tqdm
 import pyrdiff
 from pyrdiff.data import ImageLevels, MultiScaleBatches, open_source
 from pyrdiff.data.seeds import seed_of
+from pyrdiff.plugins import Method
 
 from . import checkpoints
 from .losses import Draws
-from .method import Method
 from .settings import TrainingDiverged, TrainingSettings, TrainingStopped
 
 TIME_IS_UP = 1000  # beside the signals' numbers

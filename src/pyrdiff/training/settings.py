@@ -1,14 +1,7 @@
 """The flags that every training script has, named as in diffusers' `train_unconditional.py`."""
 
-import os
-import signal
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import ClassVar, Literal, TypeVar
-
-EXIT_BAD_INPUT = 2
-EXIT_DIVERGED = 3
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 
 class TrainingStopped(Exception):
@@ -131,56 +124,3 @@ class TrainingSettings:
     def _check(self, name: str, good: bool, expected: str) -> None:
         if not good:
             raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")
-
-
-S = TypeVar("S")
-
-
-def parse(settings: type[S], description: str, args: list[str] | None = None) -> S:
-    """Settings from the command line. Prints one line and exits with 2 for an unknown flag or a bad value."""
-    import tyro
-
-    # The values are checked after parsing, by us: tyro would put the message into a frame, wrapped to the terminal.
-    unchecked = type(settings.__name__, (settings,), {"__post_init__": lambda self: None})
-    config = (tyro.conf.FlagConversionOff,)
-    values = tyro.cli(unchecked, args=args, description=description, use_underscores=True, config=config)
-    try:
-        return settings(**{field.name: getattr(values, field.name) for field in fields(settings)})
-    except ValueError as error:
-        _exit(error, EXIT_BAD_INPUT)
-
-
-def run(main: Callable[[], None]) -> None:
-    """Runs a script's main function; what a user can mend is one line on stderr and an exit code, not a traceback."""
-    _end_with_launcher()
-    try:
-        main()
-    except TrainingStopped as stopped:
-        print(stopped, file=sys.stderr)
-        sys.exit(stopped.exit_code)
-    except TrainingDiverged as error:
-        _exit(error, EXIT_DIVERGED)
-    except (ValueError, OSError) as error:
-        _exit(error, EXIT_BAD_INPUT)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except RuntimeError as error:
-        from .checkpoints import CheckpointError  # only now: it imports torch, and --help must not
-
-        if not isinstance(error, CheckpointError):
-            raise
-        _exit(error, EXIT_BAD_INPUT)
-
-
-def _end_with_launcher() -> None:
-    """`accelerate launch` passes no signal on: when it ends, Linux then sends SIGTERM here, which saves."""
-    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        import ctypes
-
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _exit(error: Exception, code: int):
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    sys.exit(code)

@@ -1,0 +1,1 @@
+"""One module a command of `pyrdiff`: its settings and `main(args)`. The examples call the same functions."""

@@ -1,0 +1,23 @@
+"""Train a model on a folder of images. The same command run again resumes."""
+
+from pyrdiff.cli import parse
+from pyrdiff.plugins import find, methods, plugins
+
+
+def main(args: list[str]) -> dict | None:
+    if not args or args[0] in ("-h", "--help"):
+        print(f"usage: pyrdiff train METHOD [flags]\n\n{__doc__}\n")
+        for name, method in methods().items():
+            print(f"  {name.replace('_', '-'):<14}{method.summary}")
+        for plugin in plugins():
+            if plugin.error is not None:
+                print(f"  {plugin.name:<14}failed to load (pyrdiff plugins says why)")
+        print("\npyrdiff train METHOD --help lists the flags.")
+        return None
+    if args[0].startswith("-"):
+        raise ValueError(f"pyrdiff train: got {args[0]!r} first; expected a method, one of {sorted(methods())}")
+    method = find(args[0])
+    settings = parse(method.settings, method.summary, args[1:], prog=f"pyrdiff train {args[0]}")
+    from pyrdiff.training import loop
+
+    return {"pipeline": str(loop.train(method, settings))}
