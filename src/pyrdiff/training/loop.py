@@ -20,6 +20,7 @@ from diffusers.training_utils import EMAModel
 from tqdm import tqdm
 
 import pyrdiff
+from pyrdiff import hub
 from pyrdiff.data import ImageLevels, MultiScaleBatches, open_source
 from pyrdiff.data.seeds import seed_of
 from pyrdiff.plugins import Method
@@ -63,6 +64,11 @@ def train(method: Method, settings: TrainingSettings) -> Path:
     folder = Path(settings.output_dir)
     first = method.first(settings) if method.first is not None else None
     _check_folder(folder, settings, within=first and first[0].name)
+
+    repo_id = None
+    if settings.push_to_hub and accelerator.is_main_process:
+        name = settings.hub_model_id or folder.resolve().name
+        repo_id = hub.reserve(name, private=settings.hub_private_repo or None)
 
     # Models: all of them, so that bad settings are met before any work.
     networks = []
@@ -114,7 +120,13 @@ def train(method: Method, settings: TrainingSettings) -> Path:
     # The loop, then save.
     run = _run(method, settings, accelerator, folder, images, batches, networks[-1], clock, before)
     run.fit()
-    return run.export()
+    target = run.export()
+    if repo_id is not None:
+        try:
+            print(f"published {hub.push(target, repo_id).url}", flush=True)
+        except OSError as error:
+            raise OSError(f"{error} The model is in {target}: pyrdiff push {target} {repo_id}") from error
+    return target
 
 
 def _run(method, settings, accelerator, folder, images, batches, network, clock, before=None) -> "Run":
@@ -582,8 +594,6 @@ class Run:
 
     def export(self) -> Path:
         """The finished pipeline with the averaged weights, and a last sample grid."""
-        from pyrdiff import hub
-
         target = self.folder / "pipeline"
         if self.settings.save_images_steps and self.previewed != self.step:
             self._preview()
@@ -591,10 +601,38 @@ class Run:
             self.network.eval()
             with self._averaged_weights():
                 description = f"{self.method.summary} Trained for {self.step} steps on {len(self.images)} images."
-                hub.export(self.pipeline, target, description=description)
+                hub.export(
+                    self.pipeline,
+                    target,
+                    description=description,
+                    license=self.settings.license,
+                    training=self._for_the_card(),
+                    data=self.settings.data_description,
+                    limits=self.method.limits,
+                )
             print(f"saved {target} after {self.step} steps, {self.seconds / 60:.1f} minutes", flush=True)
         self.accelerator.end_training()
         return target
+
+    def _for_the_card(self) -> dict[str, object]:
+        """What a reader of the model card wants to know of the training; no places on this machine."""
+        settings, accelerator = self.settings, self.accelerator
+        cpu = f"cpu, {torch.get_num_threads()} threads"
+        return {
+            "method": self.method.name,
+            "data set": settings.dataset_name or Path(settings.train_data_dir).name,
+            "images": len(self.images),
+            "resolutions": ", ".join("{}x{}".format(*size) for size in settings.sizes),
+            "parameters": sum(p.numel() for p in self.network.parameters()),
+            "steps": self.step,
+            "images a step": ", ".join(str(accelerator.num_processes * size) for size in self.batches.batch_sizes),
+            "minutes": round(self.seconds / 60, 1),
+            "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else cpu,
+            "processes": accelerator.num_processes,
+            "precision": "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision,
+            "seed": settings.seed,
+            "versions": f"pyrdiff {pyrdiff.__version__}, diffusers {diffusers.__version__}, torch {torch.__version__}",
+        }
 
 
 def _public(part) -> dict:

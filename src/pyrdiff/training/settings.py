@@ -91,6 +91,16 @@ class TrainingSettings:
     report_to: str | None = None
     """Tracker of accelerate beside log.jsonl: tensorboard, wandb, comet_ml, all ..."""
     seed: int = 0
+    push_to_hub: bool = False
+    """Publish the finished pipeline on the Hub (log in before: hf auth login, or HF_TOKEN)."""
+    hub_model_id: str | None = None
+    """Repository, user/name; by default the name of output_dir, in your own account."""
+    hub_private_repo: bool = False
+    """Make a new repository private."""
+    license: str | None = None
+    """Licence identifier of the model for its card, such as apache-2.0."""
+    data_description: str | None = None
+    """For the model card: what the images are, and their licence."""
 
     def __post_init__(self):
         if (self.train_data_dir is None) == (self.dataset_name is None):
@@ -108,6 +118,7 @@ class TrainingSettings:
         self._check("resolution", len(self.sizes) > 0, "at least one size")
         self._check("patch_size", self.patch_size is None or self.patch_size > 0, "1 or more")
         self._check("minutes", self.minutes is None or 0 < self.minutes < float("inf"), "a number above 0")
+        self._check("hub_model_id", self.hub_model_id is None or self.push_to_hub, "none without push_to_hub")
         self._check("background", all(0 <= value <= 255 for value in self.background), "numbers from 0 to 255")
 
     @property

@@ -1,0 +1,49 @@
+"""
+Say whether an exported folder, or a repository on the Hub, is sound.
+
+It is, if it holds one model and nothing else, if its code is that of the installed classes, and if it loads by
+pyrdiff.load and, to the same weights, where pyrdiff is not installed. Exit code 1 if it is not.
+"""
+
+from dataclasses import asdict, dataclass
+
+import tyro
+
+from pyrdiff.cli import parse
+
+
+@dataclass(kw_only=True)
+class CheckSettings:
+    """Flags of `pyrdiff check`."""
+
+    path: tyro.conf.Positional[str]
+    """Exported folder, repository on the Hub, or a model that comes with pyrdiff."""
+    revision: str | None = None
+    """Branch, tag or commit of the repository."""
+    trust_remote_code: bool = False
+    """Run the folder's own code for the load without pyrdiff, even if it is not that of the installed classes."""
+    update_code: bool = False
+    """First replace the code in a local folder by that of the installed classes."""
+
+
+def main(args: list[str]) -> dict:
+    settings = parse(CheckSettings, __doc__, args, prog="pyrdiff check")
+    from pyrdiff import hub
+
+    found = hub.check(
+        settings.path,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        update_code=settings.update_code,
+    )
+    for file, size in found.files.items():
+        print(f"{size:>12,}  {file}")
+    tried = {True: "yes", False: "no", None: "not tried"}
+    print(f"{found.pipeline or 'no pipeline'}, loads with pyrdiff: {tried[found.loads]}, ", end="")
+    print(f"without: {tried[found.loads_elsewhere]}")
+    for problem in found.problems:
+        print(f"problem: {problem}")
+    for note in found.notes:
+        print(f"note: {note}")
+    print(f"{settings.path}: {'sound' if found.sound else 'NOT sound'}")
+    return {"path": settings.path, "sound": found.sound, **asdict(found), "exit_code": 0 if found.sound else 1}

@@ -1,0 +1,58 @@
+"""
+Publish an exported folder on the Hub: code, weights, card and pictures, in one commit.
+
+The folder is checked first. A push that is interrupted leaves what was published before. With --dry_run the files and
+their sizes are listed, and nothing is sent.
+"""
+
+from dataclasses import asdict, dataclass
+
+import tyro
+
+from pyrdiff.cli import parse
+
+
+@dataclass(kw_only=True)
+class PushSettings:
+    """Flags of `pyrdiff push`."""
+
+    path: tyro.conf.Positional[str]
+    """Exported folder."""
+    repo_id: tyro.conf.Positional[str]
+    """Repository, user/name; or name for one of your own."""
+    private: bool = False
+    """Make a new repository private."""
+    revision: str | None = None
+    """Branch to publish on, made if it does not exist; by default main."""
+    commit_message: str | None = None
+    bench: str | None = None
+    """Result of pyrdiff bench, for the card's table and the Hub's model index."""
+    license: str | None = None
+    """Licence identifier for the card, such as apache-2.0."""
+    pictures: tuple[str, ...] = ()
+    """Files to show on the card; by default samples of a model that generates, none of one that enlarges."""
+    dry_run: bool = False
+    """List what would be published."""
+
+
+def main(args: list[str]) -> dict:
+    settings = parse(PushSettings, __doc__, args, prog="pyrdiff push")
+    from pyrdiff import hub
+
+    done = hub.push(
+        settings.path,
+        settings.repo_id,
+        private=settings.private or None,
+        revision=settings.revision,
+        commit_message=settings.commit_message,
+        bench=settings.bench,
+        license=settings.license,
+        pictures=list(settings.pictures) or None,
+        dry_run=settings.dry_run,
+    )
+    for file, size in done.files.items():
+        print(f"{size:>12,}  {file}")
+    for file in done.deleted:
+        print(f"{'deleted':>12}  {file}")
+    print(f"{len(done.files)} files, {sum(done.files.values()):,} bytes: {done.url or 'nothing was sent (dry run)'}")
+    return asdict(done)

@@ -1,0 +1,162 @@
+"""Model cards: what is known when a model is exported, and what is filled in when it is measured and published."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+PLACE = "PATH_OR_REPO"  # replaced by the repository's name when the card is published
+
+CARD = """
+# {title}
+
+{description}
+
+<!-- pictures -->
+<!-- end of pictures -->
+
+```python
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained("PATH_OR_REPO", trust_remote_code=True)
+{call}
+```
+
+`trust_remote_code` is needed because the folder carries the pipeline's own code. Where pyrdiff is installed, none of it
+runs: `pyrdiff.load("PATH_OR_REPO")`.
+
+## Measured
+
+<!-- measured -->
+Not measured. `pyrdiff bench` measures it, and `pyrdiff push --bench` puts the table here.
+<!-- end of measured -->
+
+## Training
+
+{training}
+
+Images: {data}
+
+## Limits
+
+{limits}
+"""
+
+
+def write(
+    pipeline: DiffusionPipeline,
+    title: str,
+    description: str,
+    license: str | None,
+    training: dict[str, object],
+    data: str | None,
+    limits: str,
+) -> str:
+    """The card of a model that was just exported."""
+    from .folders import needs_image
+
+    enlarges = needs_image(type(pipeline))
+    values = ModelCardData(
+        library_name="diffusers",
+        pipeline_tag="image-to-image" if enlarges else "unconditional-image-generation",
+        license=license,
+        tags=["pyrdiff", "pixel-space", type(pipeline).__name__],
+    )
+    rows = [f"| {name} | {_cell(value)} |" for name, value in training.items()]
+    text = CARD.format(
+        title=title,
+        description=description,
+        call="larger = pipeline(image).images[0]" if enlarges else "images = pipeline(batch_size=4).images",
+        training="\n".join(["| | |", "|---|---|", *rows]) if rows else "Nothing was recorded.",
+        data=data or "not described; nor is their licence.",
+        limits=limits or "Not described.",
+    )
+    return f"---\n{values.to_yaml()}\n---\n{text}"
+
+
+def fill(
+    text: str,
+    *,
+    name: str | None = None,
+    license: str | None = None,
+    bench: dict | None = None,
+    pictures: dict[str, str] | None = None,
+) -> str:
+    """
+    A card with what is given filled in; what a person wrote into it stays.
+
+    Args:
+        text: The card.
+        name: What to load it by, for the snippet.
+        license: Licence identifier.
+        bench: A result of `pyrdiff bench`.
+        pictures: {file: what it shows}.
+    """
+    card = ModelCard(text, ignore_metadata_errors=True)
+    data = card.data
+    if license is not None:
+        data.license = license
+    if name is not None:
+        text = text.replace(PLACE, name)
+    if bench is not None:
+        from pyrdiff.commands.bench import table
+
+        text = _between(text, "measured", table(bench))
+        data.model_name = name or bench["model"]["name"]
+        data.eval_results = eval_results(bench, data.pipeline_tag)
+    if pictures:
+        text = _between(text, "pictures", "\n\n".join(f"![{shows}]({file})" for file, shows in pictures.items()))
+    body = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+    return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def read_bench(path: str | os.PathLike) -> dict:
+    """
+    A result of `pyrdiff bench`.
+
+    Raises:
+        ValueError: for another file.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"bench={str(path)!r}: cannot be read: {error}") from error
+    if not isinstance(found, dict) or found.get("kind") != "pyrdiff bench":
+        raise ValueError(f"bench={str(path)!r}: expected a result of `pyrdiff bench`")
+    return found
+
+
+def eval_results(bench: dict, task: str | None) -> list[EvalResult]:
+    """The measures of every arm that is no yardstick, as the Hub's model index takes them."""
+    found = []
+    for arm, row in bench["arms"].items():
+        for metric, measured in row["metrics"].items():
+            if not row["yardstick"] and isinstance(measured["value"], (int, float)):
+                found.append(
+                    EvalResult(
+                        task_type=task or "image-to-image",
+                        dataset_type=bench["reference"]["name"],
+                        dataset_name=f"{bench['reference']['name']} ({bench['reference']['images']} images)",
+                        metric_type=metric,
+                        metric_name=f"{metric}, {arm}",
+                        metric_value=measured["value"],
+                    )
+                )
+    return found
+
+
+def _between(text: str, name: str, new: str) -> str:
+    """`new` between the two marks of a section; at the end if a person took the marks out."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    if begin not in text or end not in text:
+        return f"{text.rstrip()}\n\n{begin}\n{new}\n{end}\n"
+    head, _, rest = text.partition(begin)
+    return f"{head}{begin}\n{new}\n{end}{rest.partition(end)[2]}"
+
+
+def _cell(value: object) -> str:
+    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
