@@ -34,7 +34,7 @@ $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	grep -v '^torch==' constraints.txt > .venv/constraints.txt
 	$(BIN)/python -m pip install -c .venv/constraints.txt $(TORCH)
-	$(BIN)/python -m pip install -c .venv/constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c .venv/constraints.txt -e '.[dev,demo]'
 	$(BIN)/python -m pip install -c .venv/constraints.txt --no-deps lpips
 	touch $@
 

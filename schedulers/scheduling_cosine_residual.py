@@ -50,6 +50,13 @@ class CosineResidualScheduler(SchedulerMixin, ConfigMixin):
         timestep_spacing: How fewer steps are placed: "linspace", "leading" or "trailing", as in `DDPMScheduler`.
         clip_sample: Whether a step clips its clean estimate to +-`clip_sample_range`, in the units of what is diffused:
             1 bounds every image, 2 * `residual_scale` every residual.
+
+    Example:
+        >>> scheduler = CosineResidualScheduler(residual_scale=8.0)
+        >>> high, upsampled = torch.full((1, 1, 2, 2), 0.5), torch.full((1, 1, 2, 2), 0.25)
+        >>> residual = scheduler.residual(high, upsampled)  # 8 * (high - upsampled)
+        >>> residual.unique().item(), scheduler.compose(residual, upsampled).unique().item()
+        (2.0, 0.5)
     """
 
     _compatibles = [scheduler.name for scheduler in KarrasDiffusionSchedulers]

@@ -56,6 +56,14 @@ class PixelAwareScheduler(SchedulerMixin, ConfigMixin):
         residual_std: RMS of image minus structure, for `precondition` and `prior_sample`; the trainer fits it.
         mode: See above.
         schedule: "pixel", or "uniform" for the rate gamma / 2 at every pixel (an ablation).
+
+    Example:
+        >>> scheduler = PixelAwareScheduler(num_train_timesteps=200, gamma=20.0)
+        >>> structure = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2)  # a dark and a bright pixel
+        >>> scheduler.rate(structure).flatten().tolist()  # gamma * (brightness + floor)
+        [2.0, 22.0]
+        >>> scheduler.log_alpha_bar(scheduler.rate(structure), 100).flatten().tolist()  # -rate * (100 / 200) ** 3
+        [-0.25, -2.75]
     """
 
     _compatibles = []

@@ -82,7 +82,7 @@ def parse(settings: type[S], description: str, args: list[str], prog: str | None
                 unchecked,
                 prog=prog,
                 args=args,
-                description=description,
+                description=description.strip(),
                 use_underscores=True,
                 config=(tyro.conf.FlagConversionOff,),
             )
@@ -113,9 +113,12 @@ def _with_file(settings: type, args: list[str]) -> list[str]:
                 raise ValueError(f"--config: {path} has the unknown key {key!r}; expected one of {sorted(known)}")
             if value is None and known[key].default is None:
                 continue
-            if isinstance(value, dict):
-                value = json.dumps(value)
-            given += [f"--{key}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+            if value is None:
+                raise ValueError(f"--config: {path} has no value for {key!r}")
+            if isinstance(value, list):
+                given += [f"--{key}", *map(str, value)]
+            else:  # with "=", a value may begin with a dash
+                given.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
     return given + rest
 
 
@@ -143,8 +146,8 @@ def _with_true(settings: type, args: list[str]) -> list[str]:
 
 
 def _unframed(text: str) -> str:
-    """tyro's message without its frame, help and advice, in one line."""
-    lines = [re.sub(r"[│╭╮╰╯─]+", " ", line).strip() for line in text.splitlines() if "╭" not in line]
+    """tyro's message without its title, frame (of dashes, where the encoding has no better), help and advice."""
+    lines = [re.sub(r"[│╭╮╰╯─]+|-{5,}", " ", line).strip() for line in text.splitlines()[1:]]
     text = " ".join(line for line in lines if line)
     for advice in ("Argument helptext:", "For full helptext"):
         text = text.partition(advice)[0]

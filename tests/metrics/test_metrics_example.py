@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 
-from pyrdiff import metrics
+import pyrdiff
+from pyrdiff import hub, metrics
 from pyrdiff.metrics import distribution
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "evaluate.py"
@@ -136,11 +138,6 @@ def test_equal_pairs_and_a_resolution(run, tmp_path):
 
 
 def test_a_model_against_a_folder(run, tmp_path, squeezenet_file):
-    from diffusers import DDPMScheduler
-
-    import pyrdiff
-    from pyrdiff import hub
-
     torch.manual_seed(0)
     blocks = dict(down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), block_out_channels=(8,))
     unet = pyrdiff.CoordinateUNet2DModel(
@@ -181,6 +178,9 @@ def test_a_model_against_a_folder(run, tmp_path, squeezenet_file):
         ("--generated R --resolution 0", r"--resolution: got \[0\]"),
         ("--generated R --batch_size 0", "--num_images, --batch_size"),
         ("--generated R --resamples 1", "--resamples: got 1"),
+        ("--generated R --device abacus", "--device: got 'abacus'"),
+        ("--generated R --metrics fid", "argument '--metrics'.*'kid'"),
+        ("--model SR", "--model: a ResidualSRPipeline enlarges images; .*pyrdiff upscale"),
         ("--generated B", "bad image .*image 1.png: "),
         ("--generated R --paired --metrics lpips --lpips_weights none", "weights: got 'none'"),
         ("--model none", "path_or_repo='none': expected a folder"),
@@ -192,6 +192,9 @@ def test_bad_input_is_one_line(flags, message, run, tmp_path, monkeypatch, squee
     write(tmp_path / "R", 5, 0, side=34)
     write(tmp_path / "G", 4, 0, side=36)
     write(tmp_path / "B", 5, 0, side=34)
+    if "SR" in flags:
+        unet = pyrdiff.ResidualSRUNet2DModel(block_out_channels=(8, 8), norm_num_groups=4, attention_head_dim=8)
+        pyrdiff.ResidualSRPipeline(unet, pyrdiff.CosineResidualScheduler(100)).save_pretrained(tmp_path / "SR")
     (tmp_path / "B/image 1.png").write_bytes((tmp_path / "B/image 1.png").read_bytes()[:300])
     flags = flags.split()
     if "--weights" not in flags:

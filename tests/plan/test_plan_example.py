@@ -5,10 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from diffusers import DDPMScheduler
 
 import pyrdiff
+from pyrdiff.commands.plan import PlanSettings
 from pyrdiff.methods.pddpm import plans
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plan.py"
@@ -38,10 +40,10 @@ def test_it_prints_the_plans_and_chooses(tmp_path):
     costs = json.loads((tmp_path / "costs.json").read_text())
     assert costs["batch_size"] == 2 and len(costs["seconds"]) == 2, "DDPM and the solver of the shorter plans"
     done = run(*flags, "--budget_ms", "0.000001")
-    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1].startswith("error: budget_ms=1e-06: expected")
+    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: budget_ms=1e-06: expected")
     done = run(*flags[:2], "--batch_size", "3", *flags[4:])
     expected = "error: costs were measured with batch_size=2: expected batch_size=3"
-    assert done.returncode == 1 and done.stderr.strip().splitlines()[-1] == expected
+    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1] == expected
 
     score = {"frechet": 9.0, "frechet_interval": [8.0, 10.0]}
     arm = {"settings": {"loop": "saved", "arguments": {"plan": plans()["fast"]}}, "score": score}
@@ -50,3 +52,17 @@ def test_it_prints_the_plans_and_chooses(tmp_path):
     done = run(*flags, "--budget_ms", "1000000", "--bench", str(tmp_path / "bench.json"))
     assert done.returncode == 0, done.stderr
     assert "distance 9 [8, 10]" in done.stdout and "chosen: quick" in done.stdout
+    done = run(*flags, "--json")
+    result = json.loads(done.stdout)
+    assert done.returncode == 0 and set(result["plans"]) == set(plans()) and result["chosen"] is None
+    assert result["plans"]["fast"]["calls"] == [20, 3, 2] and result["plans"]["fast"]["ms_per_image"] > 0
+
+
+@pytest.mark.parametrize("flags, said", [
+    ({"batch_size": 0}, "--batch_size: got 0"),
+    ({"budget_ms": 1.0, "target": 1.0, "bench": "b"}, "--budget_ms, --target: got both"),
+    ({"target": 1.0}, "--target: got 1.0 without --bench"),
+])  # fmt: skip
+def test_what_flags_alone_get_wrong_is_said_before_any_timing(flags, said):
+    with pytest.raises(ValueError, match=said):
+        PlanSettings(model="nowhere", **flags)

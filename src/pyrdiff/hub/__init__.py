@@ -1,8 +1,9 @@
 """Folders that load anywhere: export a pipeline with its code, load one without running code from it, publish it."""
 
+from . import card
 from .checking import Check, check
-from .folders import BUNDLED, export
+from .folders import BUNDLED, export, needs_image
 from .loading import load
 from .publishing import Push, push
 
-__all__ = ["BUNDLED", "Check", "Push", "check", "export", "load", "push"]
+__all__ = ["BUNDLED", "Check", "Push", "card", "check", "export", "load", "needs_image", "push"]

@@ -1,6 +1,7 @@
 """Model cards: what is known when a model is exported, and what is filled in when it is measured and published."""
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -92,7 +93,7 @@ def fill(
         text: The card.
         name: What to load it by, for the snippet.
         license: Licence identifier.
-        bench: A result of `pyrdiff bench`.
+        bench: A result of `pyrdiff bench`; `ValueError` if something is missing in it.
         pictures: {file: what it shows}.
     """
     card = ModelCard(text, ignore_metadata_errors=True)
@@ -102,9 +103,10 @@ def fill(
     if name is not None:
         text = text.replace(PLACE, name)
     if bench is not None:
-        from pyrdiff.commands.bench import table
-
-        text = _between(text, "measured", table(bench))
+        try:
+            text = _between(text, "measured", measured(bench))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"bench: expected a result of `pyrdiff bench`, which has {error}") from error
         data.model_name = name or bench["model"]["name"]
         data.eval_results = eval_results(bench, data.pipeline_tag)
     if pictures:
@@ -127,6 +129,48 @@ def read_bench(path: str | os.PathLike) -> dict:
     if not isinstance(found, dict) or found.get("kind") != "pyrdiff bench":
         raise ValueError(f"bench={str(path)!r}: expected a result of `pyrdiff bench`")
     return found
+
+
+def table(result: dict) -> str:
+    """
+    A bench as a Markdown table: an arm a row, yardsticks marked.
+
+    Args:
+        result: What `pyrdiff bench` wrote, read from its JSON.
+
+    Raises:
+        ValueError: for another file's content.
+    """
+    if not isinstance(result, dict) or result.get("kind") != "pyrdiff bench" or not result.get("arms"):
+        raise ValueError("result: expected what `pyrdiff bench` writes, with the kind 'pyrdiff bench' and arms")
+    arms = result["arms"]
+    measures = {name: row["higher_is_better"] for arm in arms.values() for name, row in arm["metrics"].items()}
+    planned = any(arm["nfe_eq"] is not None for arm in arms.values())
+    head = ["", "network calls", *["NFE-eq"] * planned, "ms an image", "latency, ms"]
+    rows = [head + [f"{name} {'↑' if higher else '↓'}" for name, higher in measures.items()]]
+    rows.append(["---"] + ["---:"] * (len(rows[0]) - 1))
+    for name, arm in arms.items():
+        name = " ".join(name.split()).replace("|", "\\|")
+        row = [f"{name} (yardstick)" if arm["yardstick"] else name, str(arm["network_calls"])]
+        row += [_shown(arm["nfe_eq"])] * planned + [_shown(arm["ms_per_image"]), _shown(arm["latency_ms"])]
+        rows.append(row + [_measured(arm["metrics"].get(measure)) for measure in measures])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def measured(bench: dict) -> str:
+    """The table of a bench, and how its numbers came about."""
+    conventions, reference = bench["conventions"], bench["reference"]
+    how = [f"{conventions['count']} images an arm, seed {bench['seed']}"]
+    how.append(f"against {reference['images']} of {reference['name']}")
+    if conventions.get("features"):
+        how[-1] += f" in {conventions['features']['network']} features"
+    if conventions.get("scale_factor"):
+        how.append(f"enlarged by {conventions['scale_factor']} after {conventions['low_res']}")
+    how += [conventions["resize"]] if conventions.get("resize") else []
+    how += [f"brackets: {conventions['interval']}", f"times: {conventions['time']}"]
+    how.append(f"{bench['device']}, {bench['threads']} threads, load {bench['load']} before")
+    versions = ", ".join(f"{name} {number}" for name, number in bench["versions"].items())
+    return f"{table(bench)}\n\n{'; '.join(how)}; {versions}."
 
 
 def eval_results(bench: dict, task: str | None) -> list[EvalResult]:
@@ -160,3 +204,20 @@ def _between(text: str, name: str, new: str) -> str:
 def _cell(value: object) -> str:
     text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _measured(row: dict | None) -> str:
+    if row is None:
+        return "-"
+    between = row["interval"]
+    return _shown(row["value"]) + ("" if between is None else " [{}, {}]".format(*map(_shown, between)))
+
+
+def _shown(value: float | str | None) -> str:
+    """Three digits, without exponents in between."""
+    if value is None:
+        return "-"
+    value = float(value)
+    if not math.isfinite(value) or value == 0 or not 1e-3 <= abs(value) < 1e6:
+        return f"{value:.3g}"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(abs(value))))}f}"

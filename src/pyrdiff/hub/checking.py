@@ -1,5 +1,6 @@
 """Whether a folder or repository is sound: it loads with and without pyrdiff, and contains nothing else."""
 
+import glob
 import hashlib
 import inspect
 import json
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +21,21 @@ from huggingface_hub import snapshot_download
 from pyrdiff import plugins
 
 from .folders import BUNDLED, bundled
-from .loading import INDEX, WEIGHTS, build, check_weights, hub_errors, list_files, read_index, read_parts, weight_files
+from .loading import (
+    INDEX,
+    LARGEST_CONFIG,
+    WEIGHTS,
+    build,
+    check_weights,
+    configs,
+    hub_errors,
+    list_files,
+    read_index,
+    read_parts,
+    weight_files,
+    weights,
+    within,
+)
 
 BESIDE = re.compile(r"README\.md|LICENSE(\.txt|\.md)?|NOTICE|\.gitattributes|[\w.-]+\.(png|jpg|jpeg|webp)|bench\.json")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".npy", ".npz", ".joblib")
@@ -94,7 +110,7 @@ def check(
         ValueError: if there is no such folder or repository.
     """
     found = Check()
-    folder = Path(path_or_repo)
+    folder, listed = Path(path_or_repo), None
     if not folder.is_dir() and str(path_or_repo) in bundled():
         folder = BUNDLED / str(path_or_repo)
     if update_code and not folder.is_dir():
@@ -102,23 +118,23 @@ def check(
     if not folder.is_dir():
         if folder.exists() or str(path_or_repo).count("/") != 1:
             raise ValueError(f"path_or_repo={str(path_or_repo)!r}: expected a folder or a repository as 'user/name'")
-        with hub_errors(f"path_or_repo={str(path_or_repo)!r}"):
-            list_files(str(path_or_repo), revision, token)
-            folder = Path(snapshot_download(str(path_or_repo), revision=revision, token=token))
+        folder, listed = _fetch(str(path_or_repo), revision, token)
         found.commit = folder.name
-    _list(folder, found)
+    _list(folder, found, listed)
     try:
         pipeline_class, index = read_index(folder)
         parts = read_parts(folder, pipeline_class, index)
-        weights = {name: weight_files(part) for name, part in parts.items() if part and part.shapes is not None}
+        if listed is not None:
+            weights(listed, parts)
+        files = {name: weight_files(part) for name, part in parts.items() if part and part.shapes is not None}
         for part in parts.values():
             if part is not None and part.shapes is not None:
                 check_weights(part)
-        digest = _digest(build(pipeline_class, parts, index))
+        pipeline = build(pipeline_class, parts, index)
     except ValueError as error:
         found.problems.append(f"does not load: {error}")
         return found
-    found.loads, found.pipeline = True, pipeline_class.__name__
+    found.loads, found.pipeline, digest = True, pipeline_class.__name__, _digest(pipeline)
 
     # What belongs to it; anything else does not.
     own = {"": pipeline_class} | {name: part.cls for name, part in parts.items() if part is not None}
@@ -131,11 +147,15 @@ def check(
     for name, part in parts.items():
         if part is not None:
             expected.add(f"{name}/{part.cls.config_name}")
-            expected |= {f"{name}/{path.name}" for path in weights.get(name, [])}
+            expected |= {f"{name}/{path.name}" for path in files.get(name, [])}
             expected |= {f"{name}/{path.name}" for path in (folder / name).glob(f"{WEIGHTS}*.index*.json")}
     for path in found.files:
         if path not in expected and not BESIDE.fullmatch(path) and not path.endswith(PICKLES):
             found.problems.append(f"{path}: is no part of the model")
+    for name, part in pipeline.components.items():
+        bad = [key for key, value in getattr(part, "state_dict", dict)().items() if not value.isfinite().all()]
+        if bad:
+            found.problems.append(f"{name}: {min(bad)} has values that are not finite")
     same = True
     for path, each in code.items():
         installed = Path(inspect.getfile(each))
@@ -184,22 +204,39 @@ def _write_code(folder: Path, code: dict[str, type], index: dict) -> None:
     beside.replace(folder / INDEX)
 
 
-def _list(folder: Path, found: Check) -> None:
-    """Files of the folder; links that lead out of it, and pickles, are problems."""
-    found.files.clear()
+def _fetch(repo_id: str, revision: str | None, token: str | bool | None) -> tuple[Path, dict[str, int | None]]:
+    """The files of a repository that may be part of a model or beside it, and {path: bytes} of all of them."""
+    with hub_errors(f"path_or_repo={repo_id!r}"):
+        commit, listed = list_files(repo_id, revision, token)
+        fetch = partial(snapshot_download, repo_id, revision=commit, token=token)
+        wanted = configs(repo_id, listed)
+        folder = Path(fetch(allow_patterns=wanted))
+        try:
+            wanted += weights(listed, read_parts(folder, *read_index(folder)))
+        except ValueError:
+            pass  # `check` comes to it
+        for file, size in listed.items():
+            if (size or 0) <= LARGEST_CONFIG and not file.endswith((*PICKLES, ".json", ".safetensors")):
+                wanted.append(glob.escape(file))
+        return Path(fetch(allow_patterns=wanted)), listed
+
+
+def _list(folder: Path, found: Check, listed: dict[str, int | None] | None = None) -> None:
+    """Files of the folder, or `listed`; links that lead out of it, and pickles, are problems."""
     found.problems.clear()
-    root = folder.parents[1] if folder.parent.name == "snapshots" else folder
-    root = BUNDLED.parent if folder.is_relative_to(BUNDLED) else root  # in the source tree, links to the plugin files
+    found.files = {name: size or 0 for name, size in (listed or {}).items()}
+    top = BUNDLED.parent if folder.is_relative_to(BUNDLED) else folder  # there, links to the plugin files
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if not path.resolve().is_relative_to(root.resolve()):
+        if not within(path, top):
             found.problems.append(f"{name}: a link that leads out of the folder")
         elif path.is_file():
             found.files[name] = path.stat().st_size
-            if name.endswith(PICKLES):
-                found.problems.append(f"{name}: weights and arrays are to be safetensors, which hold no code")
         elif not path.is_dir():
             found.problems.append(f"{name}: neither a file nor a folder")
+    for name in found.files:
+        if name.endswith(PICKLES):
+            found.problems.append(f"{name}: weights and arrays are to be safetensors, which hold no code")
 
 
 def _digest(pipeline: DiffusionPipeline) -> str:

@@ -1,5 +1,6 @@
 """Loading without trust: a folder says which of the installed classes to build, and is checked against them."""
 
+import glob
 import inspect
 import json
 import math
@@ -22,20 +23,29 @@ from .folders import BUNDLED, bundled
 
 INDEX = DiffusionPipeline.config_name
 WEIGHTS = "diffusion_pytorch_model"
+LONGEST = 400  # characters of another's text in a message of ours
 LARGEST_NUMBER = 100_000  # a whole number in a config
 LARGEST_CONFIG = 16 * 2**20  # bytes; pipelines keep measured spectra in theirs
-MOST_MODULES = 20_000  # parts of a network
+MOST_MODULES = 5_000  # parts of a network
+FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 @dataclass
 class Part:
-    """A component: its class, its folder, its config; of a model also {tensor: shape} by its config."""
+    """A component: its class, its folder, its config; of a model also {tensor: shape} by its config, and which of the
+    tensors hold floating point numbers."""
 
     cls: type
     folder: Path
     config: dict
     shapes: dict[str, tuple[int, ...]] | None = None
+    floats: frozenset[str] = frozenset()
+
+    @property
+    def size(self) -> int:
+        """Numbers in a model."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
 
 
 def load(
@@ -76,8 +86,7 @@ def load(
         'PyramidalPipeline'
     """
     folder = Path(path_or_repo)
-    listed: dict[str, int | None] = {}
-    fetch = None
+    listed, fetch = None, None
     if not folder.is_dir():
         if str(path_or_repo) in bundled():
             folder = BUNDLED / str(path_or_repo)
@@ -87,32 +96,28 @@ def load(
                 + (f", or one of {bundled()}" if bundled() else "")
             )
         else:
-            options = dict(revision=revision, token=token, cache_dir=cache_dir)
             offline = local_files_only or constants.HF_HUB_OFFLINE
-            with hub_errors(f"path_or_repo={str(path_or_repo)!r}"):
-                listed = {} if offline else list_files(str(path_or_repo), revision, token)
+            if not offline:  # from here on one commit, whatever is pushed meanwhile
+                with hub_errors(f"path_or_repo={str(path_or_repo)!r}"):
+                    revision, listed = list_files(str(path_or_repo), revision, token)
 
             def fetch(patterns: list[str]) -> Path:
+                options = dict(revision=revision, token=token, cache_dir=cache_dir, local_files_only=offline)
                 with hub_errors(f"path_or_repo={str(path_or_repo)!r}"):
-                    place = snapshot_download(
-                        str(path_or_repo), allow_patterns=patterns, local_files_only=offline, **options
-                    )
-                return Path(place)
+                    return Path(snapshot_download(str(path_or_repo), allow_patterns=patterns, **options))
 
-            folder = fetch(["*.json"])
+            folder = fetch(configs(str(path_or_repo), listed))
     if not (folder / INDEX).is_file():
         raise ValueError(f"path_or_repo={str(path_or_repo)!r}: expected an exported pipeline, with {INDEX} in it")
     own_class, index = read_index(folder)
     chosen = own_class if pipeline_class is None else pipeline_named(pipeline_class, "pipeline_class")
     missing = set(chosen._get_signature_keys(chosen)[0]) - set(index)
     if missing:
-        raise ValueError(
-            f"pipeline_class={pipeline_class!r}: {folder} of {own_class.__name__} has no {sorted(missing)}"
-        )
+        asked = "" if pipeline_class is None else f"pipeline_class={pipeline_class!r}: "
+        raise ValueError(f"{asked}{folder / INDEX} of {own_class.__name__} has no {sorted(missing)}")
     parts = read_parts(folder, own_class, index)
     if fetch is not None:
-        _check_listed(listed, parts, variant)
-        folder = fetch(["*.json", "*.safetensors"])
+        folder = fetch(configs(str(path_or_repo), listed) + weights(listed, parts))
         parts = read_parts(folder, own_class, index)
     for part in parts.values():
         if part is not None and part.shapes is not None:
@@ -135,7 +140,7 @@ def pipeline_named(name: object, where: str) -> type:
     known = {key: each for key, each in plugins.classes().items() if issubclass(each, DiffusionPipeline)}
     if not isinstance(name, str) or name not in known:
         raise ValueError(
-            f"{where} is {name!r}; expected a pipeline of an installed method, one of {sorted(known)} "
+            f"{where} is {_shown(name)}; expected a pipeline of an installed method, one of {sorted(known)} "
             "(pyrdiff plugins lists the methods)"
         )
     return known[name]
@@ -155,12 +160,15 @@ def _read_part(folder: Path, name: str, entry: object) -> Part:
     """Refuses a component of another class than those of installed methods and of diffusers, and whatever its config
     says that the class does not know."""
     if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(item, str) for item in entry)):
-        raise ValueError(f"{folder / INDEX}: {name} is {entry!r}; expected [module, class]")
+        raise ValueError(f"{folder / INDEX}: {name} is {_shown(entry)}; expected [module, class]")
     kind = SchedulerMixin if name.endswith("scheduler") else ModelMixin
-    found = getattr(diffusers, entry[1], None) if entry[0] == "diffusers" else plugins.classes().get(entry[1])
+    try:
+        found = getattr(diffusers, entry[1], None) if entry[0] == "diffusers" else plugins.classes().get(entry[1])
+    except Exception:  # diffusers imports what is asked for, and what that needs may not be installed
+        found = None
     if not (isinstance(found, type) and issubclass(found, kind)):
         raise ValueError(
-            f"{folder / INDEX}: {name} is {entry!r}; expected a class of diffusers or of an installed method "
+            f"{folder / INDEX}: {name} is {_shown(entry)}; expected a class of diffusers or of an installed method "
             f"(a {kind.__name__})"
         )
     path = inside(folder, f"{name}/{found.config_name}")
@@ -173,25 +181,35 @@ def _read_part(folder: Path, name: str, entry: object) -> Part:
     except Exception as error:  # whatever a constructor makes of strange values
         raise ValueError(f"{path}: {found.__name__} cannot be built from it: {_line(error)}") from error
     if isinstance(built, torch.nn.Module):
-        part.shapes = {key: tuple(value.shape) for key, value in built.state_dict().items()}
+        tensors = built.state_dict()
+        part.shapes = {key: tuple(value.shape) for key, value in tensors.items()}
+        part.floats = frozenset(key for key, value in tensors.items() if value.is_floating_point())
     return part
 
 
 def check_weights(part: Part, variant: str | None = None) -> None:
-    """Compares names and shapes in the headers of the weight files with those of the network."""
-    found = {}
-    for path in weight_files(part, variant):
+    """Compares names, shapes and kinds of numbers in the headers of the weight files with those of the network."""
+    found, files = {}, weight_files(part, variant)
+    for path in files:
         try:
             with safe_open(path, "pt") as file:
-                found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+                for key in file.keys():  # noqa: SIM118
+                    tensor = file.get_slice(key)
+                    found[key] = (path, tuple(tensor.get_shape()), tensor.get_dtype())
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: expected safetensors: {_line(error)}") from error
+    config = part.cls.config_name
     for text, keys in (("lacks", set(part.shapes) - set(found)), ("has unknown", set(found) - set(part.shapes))):
         if keys:
-            raise ValueError(f"{part.folder}: {text} {len(keys)} tensors of {part.cls.__name__}, such as {min(keys)!r}")
+            such = f"{len(keys)} tensors of {part.cls.__name__} by {config}, such as {_shown(min(keys))}"
+            raise ValueError(f"{files[0] if text == 'lacks' else found[min(keys)][0]}: {text} {such}")
     for key, shape in part.shapes.items():
-        if found[key] != shape:
-            raise ValueError(f"{part.folder}: {key} has the shape {found[key]}; by config.json it has {shape}")
+        path, has, kind = found[key]
+        if has != shape:
+            raise ValueError(f"{path}: {key} has the shape {has}; by {config} it has {shape}")
+        if (kind in FLOATS) != (key in part.floats):
+            wanted = "floating point" if key in part.floats else "whole"
+            raise ValueError(f"{path}: {key} has numbers of the type {kind}; expected {wanted} ones")
 
 
 def weight_files(part: Part, variant: str | None = None) -> list[Path]:
@@ -206,11 +224,11 @@ def weight_files(part: Part, variant: str | None = None) -> list[Path]:
         raise ValueError(f"{part.folder}: has both {index_name} and {stem}.safetensors; expected one of them")
     index = read_config(inside(part.folder, index_name))
     shards = index.get("weight_map")
-    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise ValueError(f"{part.folder / index_name}: weight_map is no map of tensors to files")
     for name in shards.values():
         if not NAME.fullmatch(name) or not name.endswith(".safetensors"):
-            raise ValueError(f"{part.folder / index_name}: the file {name!r}; expected .safetensors in the same folder")
+            raise ValueError(f"{part.folder / index_name}: the file {_shown(name)}; expected .safetensors beside it")
     return [inside(part.folder, name) for name in sorted(set(shards.values()))]
 
 
@@ -234,12 +252,14 @@ def build(
             arguments[name] = part.cls.from_pretrained(
                 part.folder, use_safetensors=True, torch_dtype=torch_dtype, variant=variant, local_files_only=True
             )
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            raise ValueError(f"{part.folder}: {_line(error)}") from error
+        except Exception as error:  # whatever the reader makes of strange values
+            path = part.folder / part.cls.config_name
+            raise ValueError(f"{path}: its weights do not load: {_line(error)}") from error
     try:
         return pipeline_class(**arguments)
     except Exception as error:  # whatever a constructor makes of strange values
-        raise ValueError(f"{INDEX}: {pipeline_class.__name__} cannot be built from it: {_line(error)}") from error
+        path = next((part.folder.parent / INDEX for part in parts.values() if part is not None), INDEX)
+        raise ValueError(f"{path}: {pipeline_class.__name__} cannot be built from it: {_line(error)}") from error
 
 
 # Files.
@@ -251,10 +271,19 @@ def inside(folder: Path, name: str) -> Path:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     top = folder if (folder / INDEX).is_file() else folder.parent
-    root = top.parents[1] if top.parent.name == "snapshots" else top
-    if not path.resolve().is_relative_to(root.resolve()):
+    if not within(path, top):
         raise ValueError(f"{path}: a link that leads out of the folder; expected a file")
     return path
+
+
+def within(path: Path, top: Path) -> bool:
+    """Whether a path of a folder leads into it; of a repository in the cache also into the cached files."""
+    roots = [top, *([top.parents[1] / "blobs"] if top.parent.name == "snapshots" else [])]
+    try:
+        target = path.resolve()
+    except (OSError, RuntimeError):  # a circle of links
+        return False
+    return any(target.is_relative_to(root.resolve()) for root in roots)
 
 
 def read_config(path: Path) -> dict:
@@ -284,7 +313,7 @@ def check_keys(path: Path, config: dict, owner: type) -> None:
     known = {name for each in owners for name in inspect.signature(each.__init__).parameters} - {"self", "kwargs"}
     for key, value in config.items():
         if not key.startswith("_") and key not in known:
-            raise ValueError(f"{path}: unknown key {key!r} for {owner.__name__}")
+            raise ValueError(f"{path}: unknown key {_shown(key)} for {owner.__name__}")
         for number in _numbers(value):
             if math.isnan(number) or (isinstance(number, int) and abs(number) > LARGEST_NUMBER):
                 raise ValueError(f"{path}: {key} has {number}; expected whole numbers up to {LARGEST_NUMBER}")
@@ -322,9 +351,9 @@ def _few_modules():
 # The Hub.
 
 
-def list_files(repo_id: str, revision: str | None, token: str | bool | None) -> dict[str, int | None]:
+def list_files(repo_id: str, revision: str | None, token: str | bool | None) -> tuple[str, dict[str, int | None]]:
     """
-    {path: bytes} of a repository.
+    The commit of a repository's revision, and {path: bytes} of it.
 
     Raises:
         ValueError: if a path would lie outside of a folder.
@@ -334,17 +363,45 @@ def list_files(repo_id: str, revision: str | None, token: str | bool | None) -> 
         parts = PurePosixPath(sibling.rfilename).parts
         if sibling.rfilename.startswith("/") or "\\" in sibling.rfilename or ".." in parts or not parts:
             raise ValueError(f"{repo_id}: has the file {sibling.rfilename!r}; expected names inside a folder")
-    return {sibling.rfilename: sibling.size for sibling in info.siblings or []}
+    return info.sha, {sibling.rfilename: sibling.size for sibling in info.siblings or []}
 
 
-def _check_listed(listed: dict[str, int | None], parts: dict[str, Part | None], variant: str | None) -> None:
-    """Refuses weight files that are far larger than the networks that they are for, before they are fetched."""
+def configs(repo_id: str, listed: dict[str, int | None] | None) -> list[str]:
+    """
+    The JSON files of a repository to fetch; patterns where it is not `listed`.
+
+    Raises:
+        ValueError: if one of them is too large for a config.
+    """
+    if listed is None:
+        return ["*.json"]
+    files = [file for file in listed if re.fullmatch(r"([^/]+/)?[^/]+\.json", file)]
+    for file in files:
+        if (listed[file] or 0) > LARGEST_CONFIG:
+            raise ValueError(f"{repo_id}/{file}: has {listed[file]} bytes; expected at most {LARGEST_CONFIG}")
+    return [glob.escape(file) for file in files]
+
+
+def weights(listed: dict[str, int | None] | None, parts: dict[str, Part | None]) -> list[str]:
+    """
+    The weight files of a repository to fetch; patterns where it is not `listed`.
+
+    Raises:
+        ValueError: if those of a network are far larger than it.
+    """
+    wanted = []
     for name, part in parts.items():
-        if part is not None and part.shapes is not None:
-            most = 8 * sum(math.prod(shape) for shape in part.shapes.values()) + 2**20
-            size = sum(listed.get(file) or 0 for file in listed if re.fullmatch(rf"{name}/[^/]*\.safetensors", file))
-            if size > 2 * most:
-                raise ValueError(f"{name}: has {size} bytes of weights; by config.json at most {most}")
+        if part is None or part.shapes is None:
+            continue
+        if listed is None:
+            wanted.append(f"{name}/*.safetensors")
+            continue
+        files = [file for file in listed if re.fullmatch(rf"{name}/[^/]+\.safetensors", file)]
+        size, most = sum(listed[file] or 0 for file in files), 16 * part.size + 2**21
+        if size > most:
+            raise ValueError(f"{part.folder}: has {size} bytes of .safetensors; expected at most {most} for its config")
+        wanted += [glob.escape(file) for file in files]
+    return wanted
 
 
 @contextmanager
@@ -357,4 +414,10 @@ def hub_errors(what: str):
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

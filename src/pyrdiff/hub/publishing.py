@@ -170,8 +170,9 @@ def _refusals(repo_id: str):
         yield
     except HFValidationError as error:
         raise ValueError(f"repo_id={repo_id!r}: {' '.join(str(error).split())}") from error
-    except (HfHubHTTPError, HTTPError, OSError) as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
+    except (HfHubHTTPError, HTTPError, OSError, RuntimeError) as error:  # the last for an upload that failed
+        said = error.__cause__ if isinstance(error, RuntimeError) else error
+        status = getattr(getattr(said, "response", None), "status_code", None)
         why = {
             401: "the token is missing or not accepted (hf auth login, or HF_TOKEN)",
             403: "the token may not write there",

@@ -36,6 +36,12 @@ def psnr(
 
     Raises:
         ValueError: for wrong shapes, values or settings.
+
+    Example:
+        >>> gray = torch.full((2, 1, 8, 8), 0.5)
+        >>> result = psnr(gray + 0.1, gray, data_range=(0, 1))
+        >>> round(result.value, 2), len(result.per_image), result.conventions["units"]
+        (20.0, 2, 'dB')
     """
     prediction, target, conventions = _prepare(prediction, target, data_range, channels, crop_border, smallest=1)
     error = (prediction - target).square().mean((1, 2, 3))

@@ -171,6 +171,12 @@ class CoordinateUNet2DModel(UNet2DModel):
         Returns:
             float32 [2, height, width] (row, column); [B, 2, height, width] for a tensor of boxes. Pixel k of N lies at
             (k + 0.5) / N of its window, so a crop of a grid is the grid of the crop, and halving it by 2x2 means too.
+
+        Example:
+            >>> CoordinateUNet2DModel.coordinate_grid(1, 4)[1].tolist()  # the columns of one row
+            [[0.125, 0.375, 0.625, 0.875]]
+            >>> CoordinateUNet2DModel.coordinate_grid(1, 2, box=(0, 0.5, 1, 1))[1].tolist()  # its right half
+            [[0.625, 0.875]]
         """
         exact = torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64
         box = torch.as_tensor(box, dtype=exact, device=device)

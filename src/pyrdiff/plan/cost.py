@@ -259,10 +259,11 @@ def bench_plans(
     path: str | os.PathLike,
 ) -> tuple[dict[str, dict], dict[str, float], dict[str, tuple[float, float]]]:
     """
-    The plans of a stored bench, a JSON of `benchmarks/bench.py`, and the distance that each reached.
+    The plans of a stored bench, a JSON of `pyrdiff bench` or `benchmarks/bench.py`, and the distance that each reached.
 
     Returns:
-        ({name: plan}, {name: Frechet distance}, {name: its 95 % interval}) of its pyramids, for `choose`.
+        ({name: plan}, {name: Frechet distance}, {name: its 95 % interval}) of its pyramids, for `choose`. Of
+        `pyrdiff bench` those are all arms, and a plan may be a name; one without an interval has none.
 
     Raises:
         ValueError: for another file, or one without scored pyramids.
@@ -271,6 +272,12 @@ def bench_plans(
     try:
         arms = json.loads(Path(path).read_text(encoding="utf-8"))["arms"]
         for name, arm in arms.items():
+            if "metrics" in arm:  # of `pyrdiff bench`
+                for metric, row in arm["metrics"].items():
+                    if metric.startswith(("FID", "FD-")):
+                        plans[name], quality[name] = arm["arguments"].get("plan", arm["arguments"]), row["value"]
+                        intervals |= {name: tuple(row["interval"])} if row["interval"] else {}
+                continue
             settings = arm["settings"]
             if "score" not in arm or settings["loop"] not in ("pyramid", "saved"):
                 continue
@@ -278,7 +285,8 @@ def bench_plans(
             intervals[name] = tuple(arm["score"]["frechet_interval"])
             plans[name] = settings["arguments"].get("plan") or _plan_of(settings)
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"path={str(path)!r}: expected a result of benchmarks/bench.py ({error})") from error
+        accepted = "expected a result of benchmarks/bench.py or of `pyrdiff bench`"
+        raise ValueError(f"path={str(path)!r}: {accepted} ({error})") from error
     if not plans:
         raise ValueError(f"path={str(path)!r}: expected a result with scored pyramids")
     return plans, quality, intervals

@@ -1,0 +1,250 @@
+"""
+Generate images with a model.
+
+Image k has a generator of its own, seeded with --seed + k, so that it is the same in every batch and on every run. It
+is written as a file of that number as soon as it is done; grid.png shows the first 64, and report.json says how they
+were made.
+
+Exit code: 0 all done, 2 bad input, 130 after Ctrl-C; the images that were finished by then stay.
+"""
+
+import inspect
+import json
+import math
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal
+
+from pyrdiff.cli import parse
+
+FLAGS = ("plan", "num_inference_steps", "refine_steps", "refine_strength", "num_passes", "resolutions")
+OURS = ("batch_size", "generator", "output_type", "return_dict")  # arguments of the call that the command sets
+IN_GRID = 64
+
+
+@dataclass(kw_only=True)
+class SampleSettings:
+    """Flags of `pyrdiff sample`."""
+
+    model: str
+    """Exported folder, or a repository on the Hub; none of its code is run."""
+    revision: str | None = None
+    """Branch, tag or commit of the repository."""
+    output_dir: str = "samples"
+    """Folder for the images, grid.png and report.json."""
+    num_images: int = 16
+    batch_size: int = 8
+    """Images sampled together."""
+    seed: int = 0
+    """Of the first image; the next one has the next number."""
+    plan: str | None = None
+    """A plan that the model carries, such as fast, instead of the next flags."""
+    num_inference_steps: int | None = None
+    """Network calls, of a pyramidal model at the lowest level."""
+    refine_steps: tuple[int, ...] | None = None
+    """Network calls at each higher level: one number, or one a level."""
+    refine_strength: float | None = None
+    """Noise that higher levels start from, (0, 1]."""
+    num_passes: int | None = None
+    """Network calls of a pixel-aware model."""
+    resolutions: tuple[str, ...] | None = None
+    """The levels, low to high, each a number or HEIGHTxWIDTH."""
+    arguments: str | None = None
+    """Further arguments of the model's call, as a JSON object."""
+    device: str | None = None
+    """By default the GPU if there is one."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the network."""
+    skip_existing: bool = False
+    """Leave out images that are there already; the others are the same as without."""
+
+    def __post_init__(self):
+        for name in ("num_images", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name}: got {getattr(self, name)}; accepted is 1 or more")
+        if not 0 <= self.seed <= 2**63 - self.num_images:
+            raise ValueError(f"--seed: got {self.seed}; accepted is 0 or more, below 2**63 for the last image")
+        call_arguments(self)
+
+
+def call_arguments(settings: SampleSettings) -> dict:
+    """
+    The arguments of the pipeline's call: those of the flags that were given, and those of `--arguments`.
+
+    Raises:
+        ValueError: if `--arguments` is no JSON object, or says what a flag says; for a size that is none.
+    """
+    found = {name: getattr(settings, name) for name in FLAGS if getattr(settings, name) is not None}
+    if len(found.get("refine_steps", ())) == 1:
+        found["refine_steps"] = settings.refine_steps[0]
+    if "resolutions" in found:
+        found["resolutions"] = [_size(text) for text in settings.resolutions]
+    try:
+        further = {} if settings.arguments is None else json.loads(settings.arguments)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--arguments: got {settings.arguments!r}; accepted is a JSON object ({error})") from error
+    if not isinstance(further, dict):
+        raise ValueError(f"--arguments: got {settings.arguments!r}; accepted is a JSON object")
+    twice = [name for name in further if name in found or name in OURS]
+    if twice:
+        raise ValueError(f"--arguments: got {twice[0]!r}, which the command sets; accepted are other arguments")
+    return {**found, **further}
+
+
+def _size(text: str) -> int | tuple[int, int]:
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise ValueError(f"--resolutions: got {text!r}; accepted are numbers such as 64, or 48x64 for height x width")
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
+def open_device(name: str | None):
+    """The device of this name, by default the GPU if there is one. Raises ValueError unless it can be used."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device: got {name!r}: {error}") from error
+    return device
+
+
+def check_call(pipeline, arguments: dict) -> None:
+    """
+    Whether a pipeline generates images from nothing but these arguments and a generator, as far as the signature of its
+    call says.
+
+    Raises:
+        ValueError: if not; the argument, which is a flag or a key of `--arguments`, and the pipeline's class are named.
+    """
+    name, known = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [key for key, each in known.items() if each.default is each.empty and each.kind not in several]
+    if "image" in needed:
+        raise ValueError(f"--model: a {name} enlarges images; accepted is a model that generates (use pyrdiff upscale)")
+    if "generator" not in known:
+        raise ValueError(f"--model: a {name} takes no generator; accepted is a model that does, for --seed")
+    for key in arguments:
+        if key not in known:
+            what = f"--{key}: not" if key in FLAGS else f"--arguments: {key!r} is not"
+            raise ValueError(f"{what} for a {name}; accepted are {[key for key in known if key not in OURS]}")
+    missing = [key for key in needed if key not in arguments and key not in OURS]
+    if missing:
+        raise ValueError(f"--model: a {name} needs {missing}; accepted is that with --arguments of pyrdiff sample")
+
+
+def generate(pipeline, seeds: Sequence[int], batch_size: int, arguments: dict) -> Iterator:
+    """
+    One PIL image a seed, in their order. Each has its own generator, whatever the batch. A pipeline whose call takes no
+    `batch_size` makes one image a call.
+    """
+    import torch
+
+    batched = "batch_size" in inspect.signature(pipeline.__call__).parameters
+    step = batch_size if batched else 1
+    for start in range(0, len(seeds), step):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + step]]
+        count = {"batch_size": len(generators)} if batched else {}
+        images = pipeline(**count, generator=generators, **arguments).images
+        if len(images) != len(generators):
+            raise ValueError(f"{type(pipeline).__name__} gave {len(images)} images: expected {len(generators)}")
+        yield from images
+
+
+def load(settings: SampleSettings, arguments: dict):
+    """The pipeline, checked and on the device."""
+    import torch
+    from diffusers.utils import logging
+
+    import pyrdiff
+
+    device = open_device(settings.device)
+    logging.disable_progress_bar()
+    pipeline = pyrdiff.load(settings.model, revision=settings.revision, torch_dtype=getattr(torch, settings.dtype))
+    check_call(pipeline, arguments)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def print_plan(pipeline, arguments: dict) -> None:
+    """What an image will cost, if the pipeline can say. Raises ValueError for arguments that it refuses."""
+    if hasattr(pipeline, "plan"):
+        known = inspect.signature(pipeline.plan).parameters
+        print(pipeline.plan(**{name: value for name, value in arguments.items() if name in known}), flush=True)
+
+
+def write_grid(paths: list[Path], target: Path) -> None:
+    """The images of these files in rows, in one picture."""
+    from PIL import Image
+
+    from pyrdiff.data import replacing
+    from pyrdiff.training.previews import image_grid
+
+    images = [Image.open(path) for path in paths]
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = [images[start : start + columns] for start in range(0, len(images), columns)]
+    with replacing(target) as beside:
+        image_grid(rows).save(beside, "PNG")
+
+
+def write_json(report: dict, target: Path) -> None:
+    """Writes a report, whole or not at all."""
+    from pyrdiff.data import replacing
+
+    with replacing(target) as beside:
+        beside.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def main(args: list[str]) -> dict:
+    settings = parse(SampleSettings, __doc__, args, prog="pyrdiff sample")
+    from tqdm import tqdm
+
+    from pyrdiff.data import replacing
+
+    folder, arguments = Path(settings.output_dir), call_arguments(settings)
+    paths = {seed: folder / f"{seed:05d}.png" for seed in range(settings.seed, settings.seed + settings.num_images)}
+    skipped = [seed for seed, path in paths.items() if settings.skip_existing and path.is_file()]
+    seeds = [seed for seed in paths if seed not in set(skipped)]
+    pipeline = load(settings, arguments) if seeds else None
+    if pipeline:
+        print(f"{len(seeds)} images with {type(pipeline).__name__} on {pipeline.device}, {settings.dtype}", flush=True)
+        print_plan(pipeline, arguments)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    done, code, began = [], 0, time.perf_counter()
+    images = generate(pipeline, seeds, settings.batch_size, arguments) if pipeline else ()
+    try:
+        with tqdm(total=len(seeds), unit="image", disable=not seeds) as bar:
+            for seed, image in zip(seeds, images, strict=True):
+                with replacing(paths[seed]) as beside:
+                    image.save(beside, "PNG")
+                done.append(seed)
+                bar.update()
+    except KeyboardInterrupt:
+        code = 130
+    seconds = time.perf_counter() - began
+
+    status = dict.fromkeys(skipped, "skipped") | dict.fromkeys(done, "done")
+    files = [{"file": paths[seed].name, "seed": seed, "status": status[seed]} for seed in sorted(status)]
+    packages = ("pyrdiff", "torch", "diffusers", "pillow", "numpy")
+    report = {
+        "settings": asdict(settings),
+        "model": {"name": settings.model, "pipeline": pipeline and type(pipeline).__name__},
+        "device": pipeline and str(pipeline.device),
+        "seconds": round(seconds, 3),
+        "ms_per_image": round(1000 * seconds / len(done), 3) if done else None,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "counts": {"done": len(done), "skipped": len(skipped), "not reached": len(seeds) - len(done)},
+        "files": files,
+    }
+    write_json(report, folder / "report.json")
+    if files:
+        write_grid([folder / each["file"] for each in files[:IN_GRID]], folder / "grid.png")
+    counts = ", ".join(f"{count} {name}" for name, count in report["counts"].items())
+    print(f"{counts}, in {seconds:.1f} s: {folder}")
+    return {**report, "exit_code": code}

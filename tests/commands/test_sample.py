@@ -1,0 +1,232 @@
+"""pyrdiff sample: every image is its seed's, what the model's call does not take is refused before any work."""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, ImagePipelineOutput, UNet2DModel
+from PIL import Image
+
+import pyrdiff
+from pyrdiff import cli, hub
+from pyrdiff.commands.sample import check_call, generate
+
+FEW = ("--num_inference_steps", 2, "--refine_steps", 2)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> dict[str, Path]:
+    """Exports of untrained networks: one that generates, and one that enlarges."""
+    torch.manual_seed(0)
+    blocks = dict(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, block_out_channels=(8, 8))
+    unet = pyrdiff.CoordinateUNet2DModel(
+        image_channels=1, resolutions=(4, 8), layers_per_block=1, norm_num_groups=4, **blocks
+    )
+    plans = {"short": {"num_inference_steps": 3, "refine_steps": 3}}
+    folder = tmp_path_factory.mktemp("models")
+    hub.export(pyrdiff.PyramidalPipeline(unet, DDPMScheduler(), plans=plans), folder / "pyramid")
+    unet = pyrdiff.ResidualSRUNet2DModel(block_out_channels=(8, 8), norm_num_groups=4, attention_head_dim=8)
+    hub.export(pyrdiff.ResidualSRPipeline(unet, pyrdiff.CosineResidualScheduler(100)), folder / "sr")
+    return {"pyramid": folder / "pyramid", "sr": folder / "sr"}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, models):
+    """Runs the command with flags: its exit code, stdout and stderr."""
+
+    def call(output, *flags, model: str = "pyramid") -> tuple[int, str, str]:
+        flags = ["--model", models[model], "--output_dir", output, *flags]
+        monkeypatch.setattr(sys, "argv", ["pyrdiff", "sample", *map(str, flags)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stopped:
+            code = stopped.code or 0
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def read(folder: Path, seed: int) -> np.ndarray:
+    return np.asarray(Image.open(folder / f"{seed:05d}.png")).astype(int)
+
+
+def sampled(model: Path, seed: int, **arguments) -> np.ndarray:
+    """The image of a seed as the pipeline gives it."""
+    pipeline = pyrdiff.load(model)
+    pipeline.set_progress_bar_config(disable=True)
+    return np.asarray(pipeline(1, generator=torch.Generator().manual_seed(seed), **arguments).images[0]).astype(int)
+
+
+def test_images_grid_and_report(run, tmp_path, models):
+    code, printed, bar = run(tmp_path / "out", "--num_images", 5, "--batch_size", 2, "--seed", 3, *FEW)
+    assert code == 0
+    files = [f"0000{number}.png" for number in range(3, 8)]
+    assert names(tmp_path / "out") == [*files, "grid.png", "report.json"]
+    assert Image.open(tmp_path / "out/grid.png").size == (2 + 3 * 10, 2 + 2 * 10), "3 columns of 8 pixels"
+    plan = str(pyrdiff.load(models["pyramid"]).plan(num_inference_steps=2, refine_steps=2))
+    assert plan in printed and printed.splitlines()[-1].endswith(str(tmp_path / "out"))
+    assert "5/5" in bar and "2/2" not in bar, "one bar, over images"
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert [(file["file"], file["seed"]) for file in report["files"]] == list(zip(files, range(3, 8), strict=True))
+    assert report["counts"] == {"done": 5, "skipped": 0, "not reached": 0}
+    assert report["model"] == {"name": str(models["pyramid"]), "pipeline": "PyramidalPipeline"}
+    assert report["versions"]["torch"] == torch.__version__ and report["settings"]["batch_size"] == 2
+    assert report["ms_per_image"] == pytest.approx(1000 * report["seconds"] / 5, rel=0.1)
+
+
+def test_an_image_is_its_seeds_whatever_the_batch(run, tmp_path, models):
+    run(tmp_path / "all", "--num_images", 4, *FEW)
+    run(tmp_path / "two", "--num_images", 4, "--batch_size", 3, *FEW)
+    run(tmp_path / "later", "--num_images", 2, "--seed", 2, *FEW)
+    for seed in range(4):
+        expected = sampled(models["pyramid"], seed, num_inference_steps=2, refine_steps=2)
+        for folder in ("all", "two", *(["later"] if seed > 1 else [])):
+            assert np.abs(read(tmp_path / folder, seed) - expected).max() <= 1
+    assert np.abs(read(tmp_path / "all", 0) - read(tmp_path / "all", 1)).max() > 9
+
+
+@pytest.mark.parametrize("flags, arguments", [
+    (["--plan", "short"], {"plan": "short"}),
+    (["--num_inference_steps", 3, "--refine_steps", 2, 3, "--refine_strength", 0.5, "--resolutions", 4, "6x8", 8],
+     {"num_inference_steps": 3, "refine_steps": [2, 3], "refine_strength": 0.5, "resolutions": [4, (6, 8), 8]}),
+    ([*FEW, "--arguments", '{"box": [0, 0, 0.5, 0.5], "refine_strength": [0.6]}'],
+     {"num_inference_steps": 2, "refine_steps": 2, "box": (0, 0, 0.5, 0.5), "refine_strength": 0.6}),
+])  # fmt: skip
+def test_flags_reach_the_call(run, tmp_path, models, flags, arguments):
+    code, _, complaint = run(tmp_path, "--num_images", 1, *flags)
+    assert code == 0, complaint
+    assert np.abs(read(tmp_path, 0) - sampled(models["pyramid"], 0, **arguments)).max() <= 1
+
+
+def test_skip_existing(run, tmp_path, monkeypatch):
+    flags = ["--num_images", 4, "--batch_size", 3, *FEW]
+    run(tmp_path, *flags)
+    before = [read(tmp_path, seed) for seed in range(4)]
+    for seed in (0, 3):
+        (tmp_path / f"0000{seed}.png").unlink()
+    Image.new("L", (8, 8), 77).save(tmp_path / "00001.png")
+    code, _, bar = run(tmp_path, *flags, "--skip_existing")
+    assert code == 0 and "2/2" in bar
+    assert (read(tmp_path, 1) == 77).all()
+    for seed in (0, 2, 3):
+        assert np.abs(read(tmp_path, seed) - before[seed]).max() <= 1
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [file["status"] for file in report["files"]] == ["done", "skipped", "skipped", "done"]
+    with monkeypatch.context() as patch:  # with nothing left to do, no model is loaded
+        patch.setattr(hub, "load", None)
+        code, printed, _ = run(tmp_path, *flags, "--skip_existing")
+    assert code == 0 and "4 skipped" in printed
+    run(tmp_path, *flags)
+    assert np.abs(read(tmp_path, 1) - before[1]).max() <= 1
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--num_passes", 2], "--num_passes: not for a PyramidalPipeline"),
+    (["--arguments", '{"eta": 0}'], "--arguments: 'eta' is not for a PyramidalPipeline"),
+    (["--arguments", "[1]"], "--arguments: got '[1]'; accepted is a JSON object"),
+    (["--arguments", "eta=0"], "--arguments: got 'eta=0'; accepted is a JSON object"),
+    ([*FEW, "--arguments", '{"refine_steps": 2}'], "--arguments: got 'refine_steps', which the command sets"),
+    (["--arguments", '{"generator": 2}'], "--arguments: got 'generator', which the command sets"),
+    (["--plan", "long"], "plan='long': expected one of ['short']"),
+    (["--refine_steps", 2, 2], "refine_steps=[2, 2]"),
+    (["--resolutions", 8, "4x"], "--resolutions: got '4x'"),
+    (["--resolutions", 8, 4], "resolutions=[8, 4]"),
+    (["--num_images", 0], "--num_images: got 0"),
+    (["--batch_size", 0], "--batch_size: got 0"),
+    (["--seed", -1], "--seed: got -1"),
+    (["--seed", 2**63], f"--seed: got {2**63}"),
+    (["--dtype", "float8"], "'float8'"),
+    (["--device", "abacus"], "--device: got 'abacus'"),
+    (["--model", "nowhere"], "'nowhere'"),
+])  # fmt: skip
+def test_bad_input_is_one_line_and_nothing_is_written(run, tmp_path, flags, said):
+    code, printed, complaint = run(tmp_path / "out", *flags)
+    lines = [line for line in complaint.splitlines() if "Loading" not in line]
+    assert (code, len(lines)) == (2, 1) and lines[0].startswith("error: ") and said in lines[0], lines
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_enlarges_is_refused(run, tmp_path):
+    code, _, complaint = run(tmp_path / "out", model="sr")
+    assert code == 2 and "a ResidualSRPipeline enlarges images" in complaint and "pyrdiff upscale" in complaint
+    assert not (tmp_path / "out").exists()
+
+
+def test_revision_and_dtype_are_the_loaders(run, tmp_path, monkeypatch, models):
+    load, asked = hub.load, []
+    monkeypatch.setattr(hub, "load", lambda name, **options: asked.append(options) or load(name, **options))
+    code, printed, _ = run(tmp_path, "--num_images", 1, "--revision", "v1", "--dtype", "bfloat16", *FEW)
+    assert code == 0 and asked == [{"revision": "v1", "torch_dtype": torch.bfloat16}] and "bfloat16" in printed
+
+
+def test_a_pipeline_of_another_package(run, tmp_path, monkeypatch):
+    """Nothing is known of it but the signature of its call: no plan, no levels, `num_inference_steps`."""
+    torch.manual_seed(0)
+    blocks = dict(down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), block_out_channels=(8,))
+    unet = UNet2DModel(8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=4, **blocks)
+    pipeline = DDPMPipeline(unet, DDPMScheduler())
+    monkeypatch.setattr(hub, "load", lambda name, **options: pipeline)
+    code, printed, _ = run(tmp_path / "out", "--num_images", 3, "--batch_size", 2, "--num_inference_steps", 2)
+    assert code == 0 and len(names(tmp_path / "out")) == 5 and "level" not in printed
+    expected = pipeline(generator=[torch.Generator().manual_seed(2)], num_inference_steps=2).images[0]
+    assert np.abs(read(tmp_path / "out", 2) - np.asarray(expected).astype(int)).max() <= 1
+    code, _, complaint = run(tmp_path / "other", *FEW)
+    assert code == 2 and "--refine_steps: not for a DDPMPipeline" in complaint
+
+
+class ByPrompt:
+    def __call__(self, prompt, generator=None):
+        return ImagePipelineOutput([f"{prompt} {generator[0].initial_seed()}"])
+
+
+class Unseeded:
+    def __call__(self, batch_size=1):
+        raise AssertionError("is not called")
+
+
+def test_what_a_call_needs_is_said():
+    with pytest.raises(ValueError, match=r"a ByPrompt needs \['prompt'\]"):
+        check_call(ByPrompt(), {})
+    check_call(ByPrompt(), {"prompt": "a cat"})
+    with pytest.raises(ValueError, match="a Unseeded takes no generator"):
+        check_call(Unseeded(), {})
+    assert list(generate(ByPrompt(), range(5, 7), 8, {"prompt": "a cat"})) == ["a cat 5", "a cat 6"], "one a call"
+
+
+def test_after_ctrl_c_the_finished_images_stay(run, tmp_path, monkeypatch):
+    whole = Image.Image.save
+
+    def slow(image, file, *args, **options):
+        if "00002.png" in str(file):
+            Path(file).write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        whole(image, file, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "save", slow)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        code, printed, _ = run(tmp_path, "--num_images", 4, *FEW)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert code == 130 and "2 not reached" in printed
+    assert names(tmp_path) == ["00000.png", "00001.png", "grid.png", "report.json"]
+    assert json.loads((tmp_path / "report.json").read_text())["counts"]["done"] == 2
+
+
+def test_json_is_all_that_is_on_stdout(run, tmp_path):
+    code, printed, rest = run(tmp_path, "--num_images", 1, "--json", *FEW)
+    report = json.loads(printed)
+    assert code == 0 and report.pop("exit_code") == 0
+    assert report == json.loads((tmp_path / "report.json").read_text()) and "NFE-eq" in rest
