@@ -16,11 +16,15 @@ class Method:
     Args:
         name: As users type it, and as the entry point is called; "-" and "_" are the same to users.
         summary: One line for `--help`.
-        settings: Dataclass of the method's flags; a `TrainingSettings`.
+        settings: Dataclass of the method's flags; a `TrainingSettings`, whose `_check` is there for subclasses.
         model: f(settings, channels) -> the network.
         scheduler: f(settings, images) -> the noise schedule that it is trained with; `images` are `ImageLevels`.
         loss: f(network, scheduler, settings, batch, draws) -> scalar; `batch` holds images [B, C, H, W] in [-1, 1].
-        pipeline: f(settings, network, scheduler, images) -> the pipeline to sample with and to publish.
+        pipeline: f(settings, network, scheduler, images) -> the pipeline to sample with and to publish. Its constructor
+            takes components and plain values, which `pyrdiff.load` gives it again. Its call takes `generator`, also a
+            list, one an image, and returns an output with `images`; what generates takes `batch_size`, what enlarges
+            requires `image`. `plan`, `return_levels`, `return_trajectory` and `callback_on_step_end` are used where
+            they are there.
         preview: f(settings, pipeline, images, path) -> {name: number} to log; writes a picture to `path`.
         first: f(settings) -> (`Method`, its settings) of a network that this one builds on, or None. It is trained
             first, by the same loop, into the folder of its method's name; `scheduler`, `loss`, `pipeline` and `preview`

@@ -7,7 +7,7 @@ Methods are found through the entry-point group pyrdiff.methods. One that fails 
 from dataclasses import dataclass
 
 from pyrdiff.cli import parse
-from pyrdiff.plugins import GROUP, plugins
+from pyrdiff.plugins import GROUP, classes, plugins
 
 
 @dataclass(kw_only=True)
@@ -22,7 +22,10 @@ def main(args: list[str]) -> dict:
         names, error = [], plugin.error
         if plugin.method is not None:
             try:
-                names = [each.__name__ for each in plugin.method.classes()]
+                own = plugin.method.classes()
+                names = [each.__name__ for each in own]
+                taken = [name for name, each in zip(names, own, strict=True) if classes()[name] is not each]
+                error = f"another method has classes of these names: {taken}" if taken else None
             except Exception as failed:  # code of others
                 error = f"its classes: {type(failed).__name__}: {' '.join(str(failed).split())}"
         summary = plugin.method.summary if plugin.method else None

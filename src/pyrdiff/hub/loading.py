@@ -141,7 +141,7 @@ def pipeline_named(name: object, where: str) -> type:
     if not isinstance(name, str) or name not in known:
         raise ValueError(
             f"{where} is {_shown(name)}; expected a pipeline of an installed method, one of {sorted(known)} "
-            "(pyrdiff plugins lists the methods)"
+            "(pyrdiff plugins lists the methods, and what failed)"
         )
     return known[name]
 

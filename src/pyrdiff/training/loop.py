@@ -119,6 +119,7 @@ def train(method: Method, settings: TrainingSettings) -> Path:
 
     # The loop, then save.
     run = _run(method, settings, accelerator, folder, images, batches, networks[-1], clock, before)
+    _check_classes(method, run.pipeline)
     run.fit()
     target = run.export()
     if repo_id is not None:
@@ -133,6 +134,15 @@ def _run(method, settings, accelerator, folder, images, batches, network, clock,
     scheduler = method.scheduler(settings, images)
     pipeline = method.pipeline(settings, network, scheduler, images)
     return Run(method, settings, accelerator, folder, images, batches, network, scheduler, pipeline, clock, before)
+
+
+def _check_classes(method: Method, pipeline) -> None:
+    """Refuses a method that would export what `pyrdiff.load` could not read."""
+    parts = {type(part) for part in (pipeline, *pipeline.components.values()) if part is not None}
+    foreign = {each for each in parts if each.__module__.split(".")[0] != "diffusers"}
+    missing = sorted(each.__name__ for each in foreign - set(method.classes()))
+    if missing:
+        raise ValueError(f"method {method.name!r}: its `classes` lack {missing}, of which its pipeline is made")
 
 
 def _check_folder(folder: Path, settings: TrainingSettings, within: str | None = None) -> None:
