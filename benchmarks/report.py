@@ -1,9 +1,10 @@
 """
-Results are JSON files; tables are printed from them, never typed. Fill the tables of the README from the results:
+Results are JSON files; tables are printed from them, never typed. Fill the tables of the READMEs from the results:
 
     python benchmarks/report.py            # --check: only say whether they are up to date; --plots: draw those, too
 
-A marker is `<!-- table: FILE -->` or, if the bench has several tables of a result, `<!-- table: FILE VIEW -->`.
+A marker is `<!-- table: FILE -->` or, if the bench has several tables of a result, `<!-- table: FILE VIEW -->`. The
+project's README has the summary and the bench of the model that comes with the package.
 """
 
 import argparse
@@ -68,6 +69,55 @@ def table_of(path: Path, view: str | None = None) -> str:
     return importlib.import_module(result["bench"]).table(result, **({"view": view} if view else {}))
 
 
+def summary() -> str:
+    """The project's README: some rows of the tables, each beside what it stands against."""
+
+    def read(name: str) -> dict:
+        return json.loads((HERE / "results" / name).read_text(encoding="utf-8"))
+
+    faces, larger, quick = read("faces.json"), read("sr_faces_frontier.json"), read("pixel_aware_ddpm.json")
+    lines = ["| | | Fréchet [95 %] or LPIPS | seconds an image |", "|---|---|---|---|"]
+    for name, arm in (
+        ("plan balanced, 30/4/4 calls", "saved plan fast"),
+        ("plan fast, 20/3/2 calls", "pyramid 20/3/2, SDE-DPM-Solver++"),
+        ("*DPM-Solver++, 20 calls at full size*", "DPM-Solver++ 20"),
+    ):
+        row = faces["arms"][arm]
+        low, high = row["score"]["frechet_interval"]
+        seconds = row["seconds"]["throughput"]["median"] / 16  # timed 16 at a time
+        lines.append(
+            f"| faces, 64x64 | {name} | {row['score']['frechet']:.0f} [{low:.0f}, {high:.0f}] | {seconds:.2f} |"
+        )
+    rows = {row["name"]: row for row in larger["rows"]}
+    for name, arm in (("SR4, plan fast, 4 calls", "found 4: SDE-DPM-Solver++"), ("*bicubic*", "bicubic")):
+        row = rows[arm]
+        seconds = f"{row['seconds_an_image']:.2f}" if row["seconds_an_image"] else "-"
+        low, high = row["lpips_interval"]
+        lines.append(
+            f"| faces, 16x16 to 64x64 | {name} | LPIPS {row['lpips']:.3f} [{low:.3f}, {high:.3f}] | {seconds} |"
+        )
+    rows = {(row["method"], row["name"]): row for row in quick["rows"]}
+    for name, arm in (
+        ("pixel-aware, 1 call", ("pixel-aware", "1 pass")),
+        ("pixel-aware, 2 calls", ("pixel-aware", "2 passes, at 200 and 50")),
+        ("*DPM-Solver++, 10 calls, ordinary DDPM*", ("DDPM", "DPM-Solver++ 10")),
+        ("*SDE-DPM-Solver++, 20 calls, the same*", ("DDPM", "SDE-DPM-Solver++ 20")),
+    ):
+        row = rows[arm]
+        low, high = row["frechet_interval"]
+        lines.append(
+            f"| Fashion-MNIST, 32x32 | {name} | {row['frechet']:.0f} [{low:.0f}, {high:.0f}] | {row['seconds']:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def pretrained() -> str:
+    """The project's README: the bench of the model that comes with the package."""
+    from pyrdiff.hub import BUNDLED, card
+
+    return card.measured(card.read_bench(BUNDLED / "noto-emoji" / "bench.json"))
+
+
 def draw_plots() -> None:
     """Draws the plot of every result whose bench has one, beside its JSON file."""
     for path in sorted((HERE / "results").glob("*.json")):
@@ -82,14 +132,16 @@ def main() -> None:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--plots", action="store_true")
     options = parser.parse_args()
-    check = options.check
-    readme = HERE / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    filled = TABLE.sub(lambda found: found[1] + table_of(HERE / "results" / found[2], found[3]) + "\n" + found[4], text)
-    if check and filled != text:
-        sys.exit("benchmarks/README.md: its tables are not those of the results; run benchmarks/report.py")
-    if not check:
-        readme.write_text(filled, encoding="utf-8")
+    for readme, printed in (
+        (HERE / "README.md", lambda found: table_of(HERE / "results" / found[2], found[3])),
+        (HERE.parent / "README.md", lambda found: {"summary": summary, "pretrained": pretrained}[found[2]]()),
+    ):
+        text = readme.read_text(encoding="utf-8")
+        filled = TABLE.sub(lambda found, printed=printed: f"{found[1]}{printed(found)}\n{found[4]}", text)
+        if options.check and filled != text:
+            sys.exit(f"{readme}: its tables are not those of the results; run benchmarks/report.py")
+        if not options.check:
+            readme.write_text(filled, encoding="utf-8")
     if options.plots:
         draw_plots()
 
