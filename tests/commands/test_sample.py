@@ -69,11 +69,13 @@ def sampled(model: Path, seed: int, **arguments) -> np.ndarray:
 
 
 def test_images_grid_and_report(run, tmp_path, models):
-    code, printed, bar = run(tmp_path / "out", "--num_images", 5, "--batch_size", 2, "--seed", 3, *FEW)
+    code, printed, bar = run(
+        tmp_path / "out", "--num_images", 5, "--batch_size", 2, "--seed", 3, "--grid", tmp_path / "grid.png", *FEW
+    )
     assert code == 0
     files = [f"0000{number}.png" for number in range(3, 8)]
-    assert names(tmp_path / "out") == [*files, "grid.png", "report.json"]
-    assert Image.open(tmp_path / "out/grid.png").size == (2 + 3 * 10, 2 + 2 * 10), "3 columns of 8 pixels"
+    assert names(tmp_path / "out") == [*files, "report.json"]
+    assert Image.open(tmp_path / "grid.png").size == (2 + 3 * 10, 2 + 2 * 10), "3 columns of 8 pixels"
     plan = str(pyrdiff.load(models["pyramid"]).plan(num_inference_steps=2, refine_steps=2))
     assert plan in printed and printed.splitlines()[-1].endswith(str(tmp_path / "out"))
     assert "5/5" in bar and "2/2" not in bar, "one bar, over images"
@@ -178,7 +180,7 @@ def test_a_pipeline_of_another_package(run, tmp_path, monkeypatch):
     pipeline = DDPMPipeline(unet, DDPMScheduler())
     monkeypatch.setattr(hub, "load", lambda name, **options: pipeline)
     code, printed, _ = run(tmp_path / "out", "--num_images", 3, "--batch_size", 2, "--num_inference_steps", 2)
-    assert code == 0 and len(names(tmp_path / "out")) == 5 and "level" not in printed
+    assert code == 0 and len(names(tmp_path / "out")) == 4 and "level" not in printed
     expected = pipeline(generator=[torch.Generator().manual_seed(2)], num_inference_steps=2).images[0]
     assert np.abs(read(tmp_path / "out", 2) - np.asarray(expected).astype(int)).max() <= 1
     code, _, complaint = run(tmp_path / "other", *FEW)
@@ -221,7 +223,7 @@ def test_after_ctrl_c_the_finished_images_stay(run, tmp_path, monkeypatch):
     finally:
         signal.signal(signal.SIGINT, before)
     assert code == 130 and "2 not reached" in printed
-    assert names(tmp_path) == ["00000.png", "00001.png", "grid.png", "report.json"]
+    assert names(tmp_path) == ["00000.png", "00001.png", "report.json"]
     assert json.loads((tmp_path / "report.json").read_text())["counts"]["done"] == 2
 
 

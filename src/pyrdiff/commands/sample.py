@@ -2,8 +2,7 @@
 Generate images with a model.
 
 Image k has a generator of its own, seeded with --seed + k, so that it is the same in every batch and on every run. It
-is written as a file of that number as soon as it is done; grid.png shows the first 64, and report.json says how they
-were made.
+is written as a file of that number as soon as it is done; report.json says how they were made.
 
 Exit code: 0 all done, 2 bad input, 130 after Ctrl-C; the images that were finished by then stay.
 """
@@ -35,7 +34,9 @@ class SampleSettings:
     revision: str | None = None
     """Branch, tag or commit of the repository."""
     output_dir: str = "samples"
-    """Folder for the images, grid.png and report.json."""
+    """Folder for the images and report.json; nothing else, so that it can be measured as it is."""
+    grid: str | None = None
+    """Also draw the first 64 images as one picture, into this file."""
     num_images: int = 16
     batch_size: int = 8
     """Images sampled together."""
@@ -66,6 +67,8 @@ class SampleSettings:
         for name in ("num_images", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name}: got {getattr(self, name)}; accepted is 1 or more")
+        if self.grid is not None and Path(self.grid).is_dir():
+            raise ValueError(f"--grid: got the folder {self.grid!r}; accepted is a file to write")
         if not 0 <= self.seed <= 2**63 - self.num_images:
             raise ValueError(f"--seed: got {self.seed}; accepted is 0 or more, below 2**63 for the last image")
         call_arguments(self)
@@ -244,7 +247,8 @@ def main(args: list[str]) -> dict:
     }
     write_json(report, folder / "report.json")
     if files:
-        write_grid([folder / each["file"] for each in files[:IN_GRID]], folder / "grid.png")
+        if settings.grid is not None:
+            write_grid([folder / each["file"] for each in files[:IN_GRID]], Path(settings.grid))
     counts = ", ".join(f"{count} {name}" for name, count in report["counts"].items())
     print(f"{counts}, in {seconds:.1f} s: {folder}")
     return {**report, "exit_code": code}
