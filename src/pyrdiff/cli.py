@@ -170,6 +170,9 @@ def run(main: Callable[[list[str]], dict | None]) -> None:
         sys.exit(stopped.exit_code)
     except TrainingDiverged as error:
         _exit(error, EXIT_DIVERGED)
+    except BrokenPipeError:  # who reads our output has ended, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError, ImportError) as error:
         _exit(error, EXIT_BAD_INPUT)
     except KeyboardInterrupt:

@@ -4,6 +4,6 @@ from . import card
 from .checking import Check, check
 from .folders import BUNDLED, export, needs_image
 from .loading import load
-from .publishing import Push, push
+from .publishing import Push, push, reserve
 
-__all__ = ["BUNDLED", "Check", "Push", "card", "check", "export", "load", "needs_image", "push"]
+__all__ = ["BUNDLED", "Check", "Push", "card", "check", "export", "load", "needs_image", "push", "reserve"]

@@ -229,6 +229,9 @@ def weight_files(part: Part, variant: str | None = None) -> list[Path]:
     for name in shards.values():
         if not NAME.fullmatch(name) or not name.endswith(".safetensors"):
             raise ValueError(f"{part.folder / index_name}: the file {_shown(name)}; expected .safetensors beside it")
+    for text, keys in (("lacks", set(part.shapes) - set(shards)), ("has unknown", set(shards) - set(part.shapes))):
+        if keys:  # diffusers would leave such tensors at random
+            raise ValueError(f"{part.folder / index_name}: weight_map {text} {len(keys)} tensors: {_shown(min(keys))}")
     return [inside(part.folder, name) for name in sorted(set(shards.values()))]
 
 

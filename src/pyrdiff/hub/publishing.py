@@ -4,6 +4,7 @@ import io
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -85,14 +86,6 @@ def push(
     found = check(folder)
     if not found.sound:
         raise ValueError(f"path={str(path)!r}: is not sound: {'; '.join(found.problems)}")
-    api = HfApi(token=token)
-    name = repo_id if dry_run else None
-    if not dry_run:
-        with _refusals(repo_id):
-            name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if revision is not None:
-                api.create_branch(name, branch=revision, exist_ok=True)
-            before = api.repo_info(name, revision=revision)
     content = {file: folder / file for file in found.files}
     shown = {}
     if pictures:
@@ -101,8 +94,16 @@ def push(
     elif pictures is None:
         content, shown = _with_samples(folder, content)
     text = (folder / "README.md").read_text(encoding="utf-8") if "README.md" in content else "---\n{}\n---\n"
-    text = card.fill(text, name=name, license=license, bench=measured, pictures=shown)
-    content["README.md"] = text.encode()
+    filled = partial(card.fill, text, license=license, bench=measured, pictures=shown)
+    content["README.md"] = filled(name=repo_id).encode()  # what it refuses, it refuses before anything is sent
+    api, name = HfApi(token=token), repo_id
+    if not dry_run:
+        with _refusals(repo_id):
+            name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None:
+                api.create_branch(name, branch=revision, exist_ok=True)
+            before = api.repo_info(name, revision=revision)
+        content["README.md"] = filled(name=name).encode()
     sizes = {
         file: len(source) if isinstance(source, bytes) else source.stat().st_size for file, source in content.items()
     }
