@@ -4,7 +4,7 @@ Results are JSON files; tables are printed from them, never typed. Fill the tabl
     python benchmarks/report.py            # --check: only say whether they are up to date; --plots: draw those, too
 
 A marker is `<!-- table: FILE -->` or, if the bench has several tables of a result, `<!-- table: FILE VIEW -->`. The
-project's README has the summary and the bench of the model that comes with the package.
+project's README has a summary.
 """
 
 import argparse
@@ -111,13 +111,6 @@ def summary() -> str:
     return "\n".join(lines)
 
 
-def pretrained() -> str:
-    """The project's README: the bench of the model that comes with the package."""
-    from pyrdiff.hub import BUNDLED, card
-
-    return card.measured(card.read_bench(BUNDLED / "noto-emoji" / "bench.json"))
-
-
 def draw_plots() -> None:
     """Draws the plot of every result whose bench has one, beside its JSON file."""
     for path in sorted((HERE / "results").glob("*.json")):
@@ -134,7 +127,7 @@ def main() -> None:
     options = parser.parse_args()
     for readme, printed in (
         (HERE / "README.md", lambda found: table_of(HERE / "results" / found[2], found[3])),
-        (HERE.parent / "README.md", lambda found: {"summary": summary, "pretrained": pretrained}[found[2]]()),
+        (HERE.parent / "README.md", lambda found: {"summary": summary}[found[2]]()),
     ):
         text = readme.read_text(encoding="utf-8")
         filled = TABLE.sub(lambda found, printed=printed: f"{found[1]}{printed(found)}\n{found[4]}", text)

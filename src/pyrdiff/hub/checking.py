@@ -225,10 +225,10 @@ def _list(folder: Path, found: Check, listed: dict[str, int | None] | None = Non
     """Files of the folder, or `listed`; links that lead out of it, and pickles, are problems."""
     found.problems.clear()
     found.files = {name: size or 0 for name, size in (listed or {}).items()}
-    top = BUNDLED.parent if folder.is_relative_to(BUNDLED) else folder  # there, links to the plugin files
+    ours = folder.is_relative_to(BUNDLED)  # in the source tree it has links to the plugin files
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if not within(path, top):
+        if not (ours or within(path, folder)):
             found.problems.append(f"{name}: a link that leads out of the folder")
         elif path.is_file():
             found.files[name] = path.stat().st_size

@@ -63,7 +63,8 @@ def export(
     shutil.rmtree(beside, ignore_errors=True)
     try:
         pipeline.save_pretrained(beside, safe_serialization=True, max_shard_size=max_shard_size)
-        text = card.write(pipeline, folder.name, description, license, training or {}, data, limits)
+        title = folder.resolve().parent.name if folder.name == "pipeline" else folder.name  # of a training, its name
+        text = card.write(pipeline, title, description, license, training or {}, data, limits)
         (beside / "README.md").write_text(text, encoding="utf-8")
         _verify(pipeline, beside)
         if folder.exists():
