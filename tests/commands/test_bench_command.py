@@ -150,7 +150,7 @@ def test_passes_and_arms_of_a_file(run, tmp_path):
     (tmp_path / "arms.json").write_text(json.dumps(further))
     flags = ["--reference", tmp_path / "real", "--resolution", 24, "--arms", tmp_path / "arms.json"]
     result, _, _, code = run("passes", *flags)
-    assert code == 0 and "--resolution" in result["conventions"]["resize"]
+    assert code == 0 and "fitted" in result["conventions"]["resize"]
     calls = {name: arm["network_calls"] for name, arm in result["arms"].items()}
     assert calls == {"1 pass": 1, "2 passes": 3, "4 passes": 4, "late": 3}
     assert result["arms"]["late"]["arguments"] == further["late"] and result["arms"]["late"]["nfe_eq"] is None
@@ -204,6 +204,14 @@ def test_a_model_that_enlarges(run, tmp_path, models, lpips_heads, alexnet_file)
     assert other["arms"]["bicubic"]["metrics"]["psnr"]["interval"] is None
 
 
+def test_a_reference_of_other_sizes_is_fitted_to_what_the_model_generates(run, tmp_path):
+    write(tmp_path / "real", 5, 36)
+    Image.new("RGB", (30, 40)).save(tmp_path / "real" / "other.png")
+    result, _, error, code = run("pyramid", "--reference", tmp_path / "real", "--only", "tiny")
+    assert code == 0 and "the reference is fitted to the model's 24x24" in error
+    assert "fitted" in result["conventions"]["resize"] and result["settings"]["resolution"] == [24, 24]
+
+
 def test_lpips_is_left_out_where_its_weights_cannot_be_had(run, tmp_path, lpips_heads, monkeypatch):  # noqa: F811
     write(tmp_path / "real", 4, 36)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
@@ -240,8 +248,8 @@ def test_arms_are_timed_in_turn_after_a_warm_up_and_apart_from_scoring(run, tmp_
         ("pyramid", "--reference none", "source: 'none' does not exist"),
         ("pyramid", "--reference empty", "folder: 'empty' has no image"),
         ("pyramid", "--reference few", "--reference: got 3 images; accepted are 4"),
-        ("pyramid", "--reference mixed", "--reference: got sizes .* accepted is one, or --resolution"),
-        ("pyramid", "--reference large", r"its images have size \(24, 24\), the reference \(36, 36\)"),
+        ("enlarge", "--reference mixed", "--reference: got sizes .* accepted is one, or --resolution"),
+        ("pyramid", "--reference real --resolution 36", r"its images have size \(24, 24\), the reference \(36, 36\)"),
         ("pyramid", "--reference broken", "bad image .*image 1.png"),
         ("pyramid", "--reference real --only short slow", r"--only: got \['slow'\]; accepted are \['short', 'tiny'"),
         ("pyramid", "--reference real --arms unknown.json", r"--arms: 'mine' has \['speed'\]; expected arguments"),

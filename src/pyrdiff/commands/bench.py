@@ -47,11 +47,11 @@ class BenchSettings:
     revision: str | None = None
     """Branch, tag or commit of the repository."""
     reference: str
-    """Folder, .npy or .npz of real images of the model's size, best held out."""
+    """Folder, .npy or .npz of real images, best held out; fitted to the model's size."""
     array_key: str | None = None
     """Array of an .npz reference."""
     resolution: tuple[int, ...] | None = None
-    """Side, or height and width, to fit the reference to; by default it must have the model's size."""
+    """Side, or height and width, to fit the reference to; by default the size of what the model generates."""
     output: str
     """JSON to write, which `pyrdiff push` can put into the model card."""
     arms: str | None = None
@@ -244,6 +244,7 @@ class Task:
     """
 
     name: str
+    own_size: tuple[int, int] | None = None  # (height, width) of what the model generates
 
     def __init__(self, pipeline, source, options: BenchSettings, device):
         self.pipeline, self.source, self.options, self.device = pipeline, source, options, device
@@ -262,6 +263,9 @@ class Task:
 
         images = (decode_image(self.source.read(k), 3, name=self.source.names[k]) for k in range(len(self.source)))
         found = {(image.height, image.width) for image in images}
+        if self.options.resolution is None and self.own_size is not None and found != {self.own_size}:
+            print("the reference is fitted to the model's {}x{}".format(*self.own_size), file=sys.stderr)
+            self.options.resolution = self.own_size
         if self.options.resolution is not None:
             return self.options.resolution[0], self.options.resolution[-1]
         if len(found) > 1:
@@ -321,12 +325,13 @@ class Generating(Task):
     def __init__(self, pipeline, source, options: BenchSettings, device):
         from pyrdiff import metrics
 
+        config = pipeline.unet.config
+        self.top = (config.get("resolutions") or [config.get("sample_size")])[-1]
+        if self.top is not None:
+            self.own_size = tuple(self.top) if isinstance(self.top, (list, tuple)) else (self.top, self.top)
         super().__init__(pipeline, source, options, device)
         if options.scale_factor is not None:
             raise ValueError(f"--scale_factor: not for a {type(pipeline).__name__}, which generates")
-        config = pipeline.unet.config
-        sizes = config.get("resolutions") or [config.get("sample_size")]
-        self.top = sizes[-1]
         self.reference_images = len(source)
         self.network = metrics.open_features(
             options.features, options.weights, device=device, batch_size=options.batch_size
@@ -351,9 +356,7 @@ class Generating(Task):
 
     def planned(self, arm: Arm) -> tuple[tuple[int, int] | None, float | None]:
         size, nfe_eq = super().planned(arm)
-        if size is None and self.top is not None:
-            size = tuple(self.top) if isinstance(self.top, (list, tuple)) else (self.top, self.top)
-        return size, nfe_eq
+        return size or self.own_size, nfe_eq
 
     def inputs(self, indices) -> dict:
         return {"batch_size": len(indices), "generator": self.generators(indices)}
@@ -634,7 +637,7 @@ def _tensor(images: list, channels: int):
 def _resize(options: BenchSettings) -> str | None:
     if options.resolution is None:
         return None
-    return "reference fitted to --resolution: cut to its aspect, bicubic, antialiased"
+    return "reference fitted: cut to the aspect, bicubic, antialiased"
 
 
 def _name(place: str) -> str:

@@ -2,7 +2,7 @@
 Say what a model's plans cost on this machine, and which one fits a budget.
 
 Every level is timed once with each scheduler that a plan runs it with (kept in --costs, if given); the times of plans
-are added up from that. With --bench, a JSON of benchmarks/bench.py, plans are chosen by measured quality: for a
+are added up from that. With --bench, a result of pyrdiff bench, plans are chosen by measured quality: for a
 target the cheapest that reaches it, within a budget the cheapest of those that cannot be told from the best.
 """
 
@@ -26,7 +26,7 @@ class PlanSettings:
     target: float | None = None
     """Frechet distance that is good enough (needs --bench)."""
     bench: str | None = None
-    """JSON of benchmarks/bench.py on this model."""
+    """Result of pyrdiff bench on this model."""
     costs: str | None = None
     """JSON to read the step costs from, or to keep them in."""
     device: str | None = None

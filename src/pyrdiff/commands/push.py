@@ -1,8 +1,8 @@
 """
 Publish an exported folder on the Hub: code, weights, card and pictures, in one commit.
 
-The folder is checked first. A push that is interrupted leaves what was published before. With --dry_run the files and
-their sizes are listed, and nothing is sent.
+The folder is checked first. A push that is interrupted leaves what was published before. With --dry_run the card,
+the files and their sizes are printed, and nothing is sent.
 """
 
 from dataclasses import asdict, dataclass
@@ -32,7 +32,7 @@ class PushSettings:
     pictures: tuple[str, ...] = ()
     """Files to show on the card; by default samples of a model that generates, none of one that enlarges."""
     dry_run: bool = False
-    """List what would be published."""
+    """Print the card and list what would be published."""
 
 
 def main(args: list[str]) -> dict:
@@ -50,6 +50,8 @@ def main(args: list[str]) -> dict:
         pictures=list(settings.pictures) or None,
         dry_run=settings.dry_run,
     )
+    if settings.dry_run:
+        print(f"{done.card}\n{'-' * 80}")
     for file, size in done.files.items():
         print(f"{size:>12,}  {file}")
     for file in done.deleted:

@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
+from diffusers.utils import logging
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
@@ -244,6 +245,16 @@ def build(
 ) -> DiffusionPipeline:
     """The pipeline of checked parts."""
     names = inspect.signature(pipeline_class.__init__).parameters
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # of reading shards, which looks like a download
+    try:
+        return _build(pipeline_class, names, parts, index, torch_dtype, variant)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _build(pipeline_class, names, parts, index, torch_dtype, variant) -> DiffusionPipeline:
     arguments = {key: value for key, value in index.items() if key in names and key not in parts}
     for name, part in parts.items():
         if name not in names:

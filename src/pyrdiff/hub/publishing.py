@@ -29,6 +29,7 @@ class Push:
         repo_id: Full name of the repository; in a dry run as given.
         files: {path: bytes} of what is published.
         deleted: Files of the earlier revision that are no part of this one.
+        card: The model card.
         url: Of the commit; None in a dry run.
         commit: SHA of it; None in a dry run.
     """
@@ -36,6 +37,7 @@ class Push:
     repo_id: str
     files: dict[str, int]
     deleted: list[str]
+    card: str
     url: str | None = None
     commit: str | None = None
 
@@ -107,7 +109,7 @@ def push(
     sizes = {
         file: len(source) if isinstance(source, bytes) else source.stat().st_size for file, source in content.items()
     }
-    result = Push(name, dict(sorted(sizes.items())), [])
+    result = Push(name, dict(sorted(sizes.items())), [], content["README.md"].decode())
     if dry_run:
         return result
 

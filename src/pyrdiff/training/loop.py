@@ -621,6 +621,8 @@ class Run:
                     limits=self.method.limits,
                 )
             print(f"saved {target} after {self.step} steps, {self.seconds / 60:.1f} minutes", flush=True)
+            if self.step <= self.settings.lr_warmup_steps:
+                print(f"note: {self.step} steps are no more than lr_warmup_steps: it has learnt next to nothing")
         self.accelerator.end_training()
         return target
 
