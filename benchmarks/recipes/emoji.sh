@@ -9,8 +9,10 @@
 set -euo pipefail
 emoji=$1 output=$2 size=${3:-cpu}
 case $size in
-    cpu) minutes=${4:-64} flags=(--preset mini --train_batch_size 64 --learning_rate 6e-4 --mixed_precision no) ;;
-    gpu) minutes=${4:-9} flags=(--preset mini --train_batch_size 1024 --learning_rate 1e-3 --mixed_precision bf16) ;;
+    cpu) minutes=${4:-64} flags=(--preset mini --train_batch_size 64 --learning_rate 6e-4 --mixed_precision no)
+         bench=(--num_images 48 --runs 1) ;;
+    gpu) minutes=${4:-9} flags=(--preset mini --train_batch_size 1024 --learning_rate 1e-3 --mixed_precision bf16)
+         bench=(--num_images 112 --runs 5) ;;
     *) echo "size $size: expected cpu or gpu" >&2; exit 2 ;;
 esac
 python - "$emoji" "$output/faces" <<'END'
@@ -30,9 +32,8 @@ python examples/train_pddpm.py --train_data_dir "$output/faces" --output_dir "$o
     --random_flip --prediction_type v_prediction --lr_warmup_steps 200 --minutes "$minutes" --cache_dir "$output/cache" \
     --license apache-2.0 "${flags[@]}" --data_description \
     "Noto Emoji by Google (Apache-2.0): the 112 faces among its 128x128 PNG files, transparency laid on white."
-pyrdiff bench --model "$output/training/pipeline" --reference "$output/faces" --resolution 64 --num_images 112 \
-    --only fast balanced 'DPM-Solver++ 20 at full size' --runs 3 \
-    --output "$output/bench.json" --features "${FEATURES:-squeezenet}" ${WEIGHTS:+--weights "$WEIGHTS"}
+pyrdiff bench --model "$output/training/pipeline" --reference "$output/faces" --resolution 64 "${bench[@]}" \
+    --only fast balanced 'DPM-Solver++ 20 at full size' --output "$output/bench.json" --features "${FEATURES:-squeezenet}" ${WEIGHTS:+--weights "$WEIGHTS"}
 python - "$output" <<'END'
 import sys
 from pathlib import Path
