@@ -179,6 +179,7 @@ class Run:
         self.signal_number = 0
         self.reserve = 5.0  # seconds kept for the end of a run with a budget
         self.step_seconds = 0.0  # mean of the last 100 steps
+        self.saved_seconds = 0.0  # spent by the last checkpoint
         self.identity = {
             "method": method.name,
             "network": _public(network),
@@ -447,6 +448,7 @@ class Run:
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.step, self.earlier_seconds = state["step"], state["seconds"]
+        self.saved_seconds = state["seconds"]
         if self.settings.minutes is not None:
             self.step_seconds = state["step_seconds"] or self.seconds / max(1, self.step)
             self._plan_length()
@@ -463,6 +465,7 @@ class Run:
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
     def _save(self) -> None:
+        self.saved_seconds = self.seconds
         if self.accelerator.is_main_process:
             optimizer = self.optimizer.state_dict()["state"]
             tensors = {
@@ -473,7 +476,7 @@ class Run:
                 "step": self.step,
                 "total_steps": self.total_steps,
                 "step_seconds": self.step_seconds,
-                "seconds": self.seconds,
+                "seconds": self.saved_seconds,
                 "identity": self.identity,
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
                 "versions": {
@@ -638,7 +641,7 @@ class Run:
             "parameters": sum(p.numel() for p in self.network.parameters()),
             "steps": self.step,
             "images a step": ", ".join(str(accelerator.num_processes * size) for size in self.batches.batch_sizes),
-            "minutes": round(self.seconds / 60, 1),
+            "minutes": round(self.saved_seconds / 60, 1),
             "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else cpu,
             "processes": accelerator.num_processes,
             "precision": "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision,
