@@ -31,7 +31,7 @@ def main(args: list[str]) -> dict:
         summary = plugin.method.summary if plugin.method else None
         row = {"name": plugin.name, "package": plugin.package, "version": plugin.version, "module": plugin.module}
         found.append({**row, "summary": summary, "classes": names, "error": error})
-        print(f"{plugin.name:<14}{plugin.package} {plugin.version} ({plugin.module})")
+        print(f"{plugin.name:<13} {plugin.package} {plugin.version} ({plugin.module})")
         print(f"{'':<14}{summary}" if summary else f"{'':<14}failed to load: {error}")
         if summary:
             print(f"{'':<14}" + (f"failed: {error}" if error else ", ".join(names)))

@@ -8,7 +8,7 @@ def main(args: list[str]) -> dict | None:
     if not args or args[0] in ("-h", "--help"):
         print(f"usage: pyrdiff train METHOD [flags]\n\n{__doc__}\n")
         for name, method in methods().items():
-            print(f"  {name.replace('_', '-'):<14}{method.summary}")
+            print(f"  {name.replace('_', '-'):<13} {method.summary}")
         for plugin in plugins():
             if plugin.error is not None:
                 print(f"  {plugin.name:<14}failed to load (pyrdiff plugins says why)")
