@@ -18,7 +18,7 @@ ROOMS = {
     "plugins.py": set(),
     "training": {"training", "plugins", "data", "models", "schedulers", "pipelines", "hub"},
     "methods": {"methods", "plugins", "training", "data", "models", "schedulers", "pipelines", "plan", "metrics"},
-    "hub": {"hub", "plugins", "commands"},
+    "hub": {"hub", "plugins"},
 }
 
 

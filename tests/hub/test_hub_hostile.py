@@ -181,7 +181,7 @@ def test_update_code_writes_through_no_link(folder, tmp_path, quick):
     assert source.read_text() == "mine"
 
 
-@pytest.mark.parametrize("name", ["../away.safetensors", "/tmp/away.safetensors", "a/../../b.safetensors", "x.bin"])
+@pytest.mark.parametrize("name", ["../away.safetensors", "/away.safetensors", "a/../../b.safetensors", "x.bin"])
 def test_a_shard_index_names_files_beside_it(folder, tmp_path, canary, name):
     shutil.copyfile(folder / WEIGHTS, tmp_path / "away.safetensors")
     keys = list(load_file(folder / WEIGHTS))

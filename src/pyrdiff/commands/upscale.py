@@ -146,12 +146,9 @@ def same_file(source: Path, target: Path) -> bool:
 
 def load(settings: UpscaleSettings):
     """The pipeline, on the device; of a model that was trained to generate, the one that guides it."""
-    from diffusers.utils import logging
-
     import pyrdiff
 
     device = open_device(settings.device)
-    logging.disable_progress_bar()
     pipeline = pyrdiff.load(settings.model)
     trained = isinstance(pipeline, pyrdiff.ResidualSRPipeline)
     if not trained and not {"unet", "scheduler"} <= set(pipeline.components):
