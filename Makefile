@@ -5,6 +5,7 @@
 # TORCH: what pip installs first; the pinned version by default. Without a GPU, and with an index that has no CPU-only
 # build, plain torch fetches the CUDA libraries too, which is right for a machine with a GPU. For a certain build give
 # pip's own arguments, for instance TORCH="torch==2.13.0 --index-url URL".
+# TESTS: further arguments of pytest, for instance TESTS=--runslow.
 
 PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' constraints.txt)
@@ -20,10 +21,17 @@ awk -v start=$(START) -v begun=$$begun -v ended=$$(date +%s) \
 'BEGIN { printf "install: %.1f minutes, run: %.1f minutes\n", (begun - start) / 60, (ended - begun) / 60 }'
 endef
 
-.PHONY: demo test clean
+.PHONY: demo test test-fast clean
+
+# One process a core, one thread each (tests/conftest.py); a process that has done its share takes from the others'.
+PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test: $(READY)
-	$(call timed,$(BIN)/ruff check . && $(BIN)/ruff format --check . && HF_HUB_OFFLINE=1 $(BIN)/python -m pytest)
+	$(call timed,$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(PYTEST) $(TESTS))
+
+# The inner loop: without what trains, publishes, packs or otherwise takes more than a second or two.
+test-fast: $(READY)
+	$(call timed,$(PYTEST) -m "not slow and not long" $(TESTS))
 
 demo: $(READY)
 	$(call timed,$(BIN)/python examples/demo.py --output_dir demo)

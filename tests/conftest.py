@@ -1,12 +1,60 @@
-"""Shared settings: real components at toy size, on the CPU, offline."""
+"""Shared settings: real components at toy size, on the CPU, offline, one thread a process."""
 
+import atexit
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy sizes: more threads only wait for each other
-# diffusers copies the code of loaded folders here; a test must neither see nor leave any.
+# diffusers copies the code of loaded folders here; a test must neither see nor leave any. Each process of
+# pytest-xdist has its own.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="pyrdiff-test-modules-")
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 sys.path.insert(0, str(Path(__file__).parent))
+
+import warm  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--runslow", action="store_true", help="run the tests marked slow, and all kills of a training")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        warm.serve()  # one for all processes of pytest-xdist
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    warm.close()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """All cores that this process may use, not the physical ones of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = {}
+    if not config.getoption("--runslow"):
+        reasons["slow"] = "slow: runs with --runslow"
+    if any("gpu" in item.keywords for item in items):
+        import torch
+
+        if not torch.cuda.is_available():
+            reasons["gpu"] = "needs a GPU"
+    for item in items:
+        for mark, reason in reasons.items():
+            if item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def runslow(pytestconfig: pytest.Config) -> bool:
+    """True if the tests are to take their time (`--runslow`)."""
+    return pytestconfig.getoption("--runslow")
