@@ -14,7 +14,8 @@ PLUGINS = [path for path in PLUGINS if path.name != "__init__.py"]
 ROOMS = {
     "data": {"data"},
     "metrics": {"metrics", "data"},
-    "plan": {"plan", "data"},
+    "plan": {"plan", "data", "machine"},
+    "machine.py": set(),
     "plugins.py": set(),
     "training": {"training", "plugins", "data", "models", "schedulers", "pipelines", "hub"},
     "methods": {"methods", "plugins", "training", "data", "models", "schedulers", "pipelines", "plan", "metrics"},

@@ -8,10 +8,11 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import pyrdiff
 from pyrdiff.training.settings import TrainingDiverged, TrainingStopped
@@ -39,9 +40,12 @@ HELP = """usage: pyrdiff COMMAND [flags]
 {commands}
 
 Every command: --help lists its flags; --config FILE reads flags from a YAML or JSON file, those given beside it count
-more; --json prints the result as JSON on stdout, and all else on stderr. Exit codes: 0 done, 1 done in part or found
-wanting, 2 bad input (one line on stderr), 3 a loss that is not finite, 130 and 143 stopped by a signal.
+more; --json prints the result as JSON on stdout, and all else on stderr; --debug (or PYRDIFF_DEBUG=1) shows the
+traceback behind an error. Exit codes: 0 done, 1 done in part or not sound, 2 bad input (one line on stderr), 3 a loss
+that is not finite, 130 and 143 stopped by a signal.
 """
+
+FRAME = re.compile("[│╭╮╰╯─]+|-{5,}")  # of tyro's messages: dashes where the encoding has no better
 
 S = TypeVar("S")
 
@@ -69,15 +73,28 @@ def parse(settings: type[S], description: str, args: list[str], prog: str | None
     """
     Settings from flags, and from the file that `--config` names. For an unknown flag or a bad value it prints one line
     and exits with 2.
-    """
-    import tyro
 
-    # The values are checked after parsing, by us: tyro would put the message into a frame, wrapped to the terminal.
-    unchecked = type(settings.__name__, (settings,), {"__post_init__": lambda self: None})
-    said = io.StringIO()
+    Args:
+        settings: Dataclass of the flags; its `__post_init__` checks their values.
+        description: Text of `--help`.
+        args: The flags.
+        prog: How the command is called, for `--help`.
+    """
     try:
         args = _with_true(settings, _with_file(settings, args))
-        with contextlib.redirect_stderr(said):
+        return settings(**_read_flags(settings, description, args, prog))
+    except ValueError as error:
+        _exit(error, EXIT_BAD_INPUT)
+
+
+def _read_flags(settings: type, description: str, args: list[str], prog: str | None) -> dict:
+    """The values of all flags, converted but not checked: tyro would put what `settings` says of them into a frame."""
+    import tyro
+
+    unchecked = type(settings.__name__, (settings,), {"__post_init__": lambda self: None})
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
             values = tyro.cli(
                 unchecked,
                 prog=prog,
@@ -86,40 +103,53 @@ def parse(settings: type[S], description: str, args: list[str], prog: str | None
                 use_underscores=True,
                 config=(tyro.conf.FlagConversionOff,),
             )
-        return settings(**{field.name: getattr(values, field.name) for field in fields(settings)})
     except SystemExit as stop:
         if stop.code:
-            print(f"error: {_unframed(said.getvalue())}", file=sys.stderr)
+            raise ValueError(f"{_without_frame(complaint.getvalue())} (--help lists the flags)") from None
         raise
-    except ValueError as error:
-        _exit(error, EXIT_BAD_INPUT)
+    return {field.name: getattr(values, field.name) for field in fields(settings)}
+
+
+def _without_frame(message: str) -> str:
+    """tyro's message in one line: without title and frame, and without the advice that follows it."""
+    _title, *lines = message.splitlines()
+    sentence = " ".join(FRAME.sub(" ", " ".join(lines)).split())
+    for advice in ("Argument helptext:", "For full helptext"):
+        sentence = sentence.partition(advice)[0]
+    return sentence.strip()
 
 
 def _with_file(settings: type, args: list[str]) -> list[str]:
     """`--config FILE` replaced by the flags in it; they come first, so that flags of the command line count more."""
-    given, rest, args = [], [], list(args)
-    known = {field.name: field for field in fields(settings)}
-    while args:
-        arg = args.pop(0)
+    if "config" in {field.name for field in fields(settings)}:
+        return args
+    from_files, others, rest = [], [], iter(args)
+    for arg in rest:
         name, separator, path = arg.partition("=")
-        if name != "--config" or "config" in known:
-            rest.append(arg)
+        if name != "--config":
+            others.append(arg)
             continue
-        if not separator and not args:
+        path = path if separator else next(rest, None)
+        if path is None:
             raise ValueError("--config: expected a YAML or JSON file")
-        path = path if separator else args.pop(0)
-        for key, value in _read_settings(path).items():
-            if key not in known:
-                raise ValueError(f"--config: {path} has the unknown key {key!r}; expected one of {sorted(known)}")
-            if value is None and known[key].default is None:
-                continue
-            if value is None:
+        from_files += _flags_of(settings, path)
+    return from_files + others
+
+
+def _flags_of(settings: type, path: str) -> list[str]:
+    """What a file of settings holds, as flags."""
+    known, flags = {field.name: field for field in fields(settings)}, []
+    for key, value in _read_settings(path).items():
+        if key not in known:
+            raise ValueError(f"--config: {path} has the unknown key {key!r}; expected one of {sorted(known)}")
+        if value is None:
+            if known[key].default is not None:
                 raise ValueError(f"--config: {path} has no value for {key!r}")
-            if isinstance(value, list):
-                given += [f"--{key}", *map(str, value)]
-            else:  # with "=", a value may begin with a dash
-                given.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
-    return given + rest
+        elif isinstance(value, list):
+            flags += [f"--{key}", *map(str, value)]
+        else:  # with "=", a value may begin with a dash
+            flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
+    return flags
 
 
 def _read_settings(path: str) -> dict:
@@ -136,32 +166,26 @@ def _read_settings(path: str) -> dict:
 
 def _with_true(settings: type, args: list[str]) -> list[str]:
     """A flag of yes or no may stand alone: `--use_ema` is `--use_ema True`."""
-    flags = {f"--{field.name}" for field in fields(settings) if field.type in (bool, "bool", bool | None)}
-    found = []
-    for index, arg in enumerate(args):
-        found.append(arg)
-        if arg.replace("-", "_").replace("__", "--", 1) in flags and (args[index + 1 :] or ["--"])[0].startswith("--"):
-            found.append("True")
-    return found
-
-
-def _unframed(text: str) -> str:
-    """tyro's message without its title, frame (of dashes, where the encoding has no better), help and advice."""
-    lines = [re.sub(r"[│╭╮╰╯─]+|-{5,}", " ", line).strip() for line in text.splitlines()[1:]]
-    text = " ".join(line for line in lines if line)
-    for advice in ("Argument helptext:", "For full helptext"):
-        text = text.partition(advice)[0]
-    return f"{text.strip()} (--help lists the flags)"
+    switches = {f"--{field.name}" for field in fields(settings) if field.type in (bool, "bool", bool | None)}
+    complete = []
+    for arg, following in zip(args, [*args[1:], "--"], strict=False):
+        complete.append(arg)
+        if f"--{arg[2:].replace('-', '_')}" in switches and arg.startswith("--") and following.startswith("--"):
+            complete.append("True")
+    return complete
 
 
 def run(main: Callable[[list[str]], dict | None]) -> None:
     """
     Runs a command with the program's arguments. What a user can mend is one line on stderr and an exit code, not a
-    traceback. A result may carry an "exit_code".
+    traceback (unless `debugging`).
+
+    Args:
+        main: f(flags) -> its result, which may carry an "exit_code".
     """
     _end_with_launcher()
-    args = [arg for arg in sys.argv[1:] if arg != "--json"]
-    as_json = len(args) < len(sys.argv) - 1
+    args = [arg for arg in sys.argv[1:] if arg not in ("--json", "--debug")]
+    as_json = "--json" in sys.argv[1:]
     try:
         with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
             result = main(args)
@@ -189,6 +213,18 @@ def run(main: Callable[[list[str]], dict | None]) -> None:
         sys.exit(result["exit_code"])
 
 
+def debugging() -> bool:
+    """True if the user asked for tracebacks, by `--debug` or by the environment variable PYRDIFF_DEBUG."""
+    return "--debug" in sys.argv[1:] or os.environ.get("PYRDIFF_DEBUG", "0") not in ("", "0")
+
+
+def complain(error: BaseException, message: str) -> None:
+    """One line on stderr about an error, after its traceback if the user asked for that."""
+    if debugging():
+        traceback.print_exception(error)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
 def _end_with_launcher() -> None:
     """`accelerate launch` passes no signal on: when it ends, Linux then sends SIGTERM here, which saves."""
     if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
@@ -198,6 +234,6 @@ def _end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def _exit(error: Exception, code: int):
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+def _exit(error: Exception, code: int) -> NoReturn:
+    complain(error, str(error))
     sys.exit(code)

@@ -199,6 +199,21 @@ def test_exit_codes(run, error, code):
     assert run(main=lambda args: None) == run(main=lambda args: {"exit_code": 0}) == (0, "", "")
 
 
+@pytest.mark.parametrize("flags, variable", [(["--debug"], "0"), ([], "1")])
+def test_debugging_shows_the_traceback(run, monkeypatch, flags, variable):
+    def command(args):
+        if args == ["wrong"]:
+            raise ValueError("a\nb")
+        cli.parse(SampleSettings, "About.", ["--model", "m", "--num_images", "0"])
+
+    monkeypatch.setenv("PYRDIFF_DEBUG", variable)
+    for given, raiser in ((["wrong"], "in command"), ([], "in __post_init__")):
+        code, printed, complaint = run(*given, *flags, main=command)
+        first, *_, last = complaint.splitlines()
+        assert (code, printed, first) == (2, "", "Traceback (most recent call last):")
+        assert raiser in complaint and last.startswith("error: ")
+
+
 BROKEN = {
     "raising": ("raise RuntimeError('no\\nluck')", "RuntimeError: no luck"),
     "leaving": ("import sys; sys.exit('good bye')", "SystemExit: good bye"),

@@ -1,5 +1,7 @@
 """The embedded letters."""
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -62,3 +64,9 @@ def test_glyphs_are_a_source():
     assert len(source) == 4096 and source.read(0).size == (64, 64)
     levels = ImageLevels.build("glyphs", [8, 16], channels=1, num_threads=2)
     assert len(levels) == 4096 and levels.enlarged == 0 and levels.composited == 0
+
+
+def test_without_matplotlib_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match="pip install matplotlib"):
+        draw_glyphs(8, 1)

@@ -11,18 +11,17 @@ import inspect
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 from pyrdiff.cli import parse
 from pyrdiff.commands.sample import open_device
+from pyrdiff.machine import device_name, versions
 
 UNIT = (0, 1)  # the range of images here
 CLIP = {"thresholding": True, "sample_max_value": 1.0}  # DPM-Solver's way of clipping the clean estimate to [-1, 1]
@@ -35,7 +34,6 @@ PASSES = (1, 2, 4)
 SLOW = 50  # NFE-eq; slower plans have to be asked for
 LEAST = 4  # images, for the third nearest other one that precision and recall look at
 OURS = ("batch_size", "image", "scale_factor", "num_samples", "generator", "output_type", "return_dict")  # no arm's
-PACKAGES = ("pyrdiff", "torch", "diffusers", "torchmetrics", "pillow", "numpy")
 
 
 @dataclass(kw_only=True)
@@ -148,8 +146,8 @@ def main(args: list[str]) -> dict:
             "nfe_eq": "network calls an image, weighted by area; 1 is a call at the size of the result",
         },
         "settings": {name: getattr(options, name) for name in (*named, "resolution", "scale_factor")},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "device": _device_name(device),
+        "versions": versions(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "load": round(load, 2),
         "seed": options.seed,
@@ -563,17 +561,6 @@ def _synchronize(device) -> None:
 
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _device_name(device) -> str:
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return (names or [platform.processor() or device.type])[0]
 
 
 # Scores

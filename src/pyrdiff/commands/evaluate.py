@@ -6,14 +6,13 @@ image with the one of its name. Images are compared at the size they have; where
 fit them to.
 """
 
-import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, get_args
 
 from pyrdiff.cli import parse
 from pyrdiff.commands.sample import check_call, generate, open_device, write_json
+from pyrdiff.machine import versions
 
 SetMetric = Literal["frechet_distance", "kid", "precision_recall"]
 PairMetric = Literal["psnr", "ssim", "lpips", "consistency"]
@@ -281,12 +280,11 @@ def main(args: list[str]) -> dict:
         value = result.value if abs(result.value) < float("inf") else str(result.value)  # JSON has no infinity
         results.append({"name": result.name, "value": value, "interval": between, "conventions": result.conventions})
     resize = "fitted to --resolution: cut to its aspect, bicubic, antialiased" if settings.resolution else None
-    packages = ("pyrdiff", "torch", "diffusers", "torchmetrics", "pillow", "numpy")
     report = {
         "settings": asdict(settings),
         "images": {"bits": 8, "data_range": UNIT, "resize": resize},
         "interval": "95 %, bootstrap over the generated images, for the figure at this count",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": versions(),
         "results": results,
     }
     print(table(results))

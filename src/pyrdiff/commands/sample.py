@@ -10,15 +10,14 @@ Exit code: 0 all done, 2 bad input, 130 after Ctrl-C; the images that were finis
 import inspect
 import json
 import math
-import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 from pyrdiff.cli import parse
+from pyrdiff.machine import versions
 
 FLAGS = ("plan", "num_inference_steps", "refine_steps", "refine_strength", "num_passes", "resolutions")
 OURS = ("batch_size", "generator", "output_type", "return_dict")  # arguments of the call that the command sets
@@ -232,14 +231,13 @@ def main(args: list[str]) -> dict:
 
     status = dict.fromkeys(skipped, "skipped") | dict.fromkeys(done, "done")
     files = [{"file": paths[seed].name, "seed": seed, "status": status[seed]} for seed in sorted(status)]
-    packages = ("pyrdiff", "torch", "diffusers", "pillow", "numpy")
     report = {
         "settings": asdict(settings),
         "model": {"name": settings.model, "pipeline": pipeline and type(pipeline).__name__},
         "device": pipeline and str(pipeline.device),
         "seconds": round(seconds, 3),
         "ms_per_image": round(1000 * seconds / len(done), 3) if done else None,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": versions(),
         "counts": {"done": len(done), "skipped": len(skipped), "not reached": len(seeds) - len(done)},
         "files": files,
     }

@@ -12,18 +12,17 @@ at the first failure, 130 or 143 after Ctrl-C or SIGTERM. Each failure is one li
 import hashlib
 import math
 import os
-import platform
 import signal
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from pyrdiff.cli import parse
+from pyrdiff.cli import complain, parse
 from pyrdiff.commands.sample import open_device, write_json
+from pyrdiff.machine import versions
 
 GUIDED, TRAINED = ("guidance", "operator", "refine_steps"), ("plan", "num_inference_steps", "color_fix")  # flags
 
@@ -237,9 +236,7 @@ def describe(settings: UpscaleSettings, files: list[dict], planned: int) -> dict
     """The report."""
     counts = {status: sum(file["status"] == status for file in files) for status in ("done", "skipped", "failed")}
     counts["not reached"] = planned - len(files)
-    packages = ("pyrdiff", "torch", "diffusers", "pillow", "numpy")
-    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-    return {"settings": asdict(settings), "versions": versions, "counts": counts, "files": files}
+    return {"settings": asdict(settings), "versions": versions(), "counts": counts, "files": files}
 
 
 def stop(*_):
@@ -269,7 +266,7 @@ def main(args: list[str]) -> dict:
                 print(f"{one_line(name)}: {files[-1]['seconds']} s", *files[-1]["notes"], sep="; ", flush=True)
             except (ValueError, RuntimeError, OSError, MemoryError) as error:
                 files.append({**found, "status": "failed", "reason": reason(error)})
-                print(f"error: {one_line(name)}: {reason(error)}", file=sys.stderr, flush=True)
+                complain(error, f"{one_line(name)}: {reason(error)}")
                 code = after_failure
                 if not settings.keep_going:
                     break
@@ -282,6 +279,6 @@ def main(args: list[str]) -> dict:
             try:
                 write_json(report, report_path)
             except OSError as error:
-                print(f"error: {report_path}: {reason(error)}", file=sys.stderr)
+                complain(error, f"{report_path}: {reason(error)}")
                 code = code or after_failure
     return {**report, "exit_code": code}

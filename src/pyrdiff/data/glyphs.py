@@ -59,8 +59,12 @@ def draw_glyphs(
 
 
 def _font_paths() -> list[Path]:
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError(
+            f"the letters are drawn with the fonts of matplotlib: pip install matplotlib ({error})"
+        ) from error
     folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
     # The Display variants hold only a few mathematical characters.
     # Upright faces: a network that trains for minutes learns them to the point where its letters can be read.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .result import MetricResult, check_images, check_pair, check_range, mean_of, to_unit
 
-SSIM_SIGMA, SSIM_WINDOW = 1.5, 11  # Wang et al. 2004, section III-B
+SSIM_SIGMA, SSIM_WINDOW, SSIM_K1, SSIM_K2 = 1.5, 11, 0.01, 0.03  # Wang et al. 2004, section III-B
 BT601 = (65.481, 128.553, 24.966)  # of R, G, B in [0, 1]; with the offset of 16, Y is in 16..235 of 255
 CONSISTENCY_UNIT = 1e-5
 
@@ -67,16 +67,26 @@ def ssim(
     prediction, target, conventions = _prepare(
         prediction, target, data_range, channels, crop_border, smallest=SSIM_WINDOW
     )
-    from torchmetrics.functional.image import structural_similarity_index_measure  # takes seconds to import
-
-    # Its own mean counts windows over a mirrored border as well, so the mean is taken here, from the map.
-    _, similarity = structural_similarity_index_measure(
-        prediction, target, sigma=SSIM_SIGMA, data_range=1.0, reduction="none", return_full_image=True
-    )
-    inside = SSIM_WINDOW // 2
-    window = {"window": SSIM_WINDOW, "sigma": SSIM_SIGMA, "k1": 0.01, "k2": 0.03}
+    window = {"window": SSIM_WINDOW, "sigma": SSIM_SIGMA, "k1": SSIM_K1, "k2": SSIM_K2}
     window |= {"border": "windows inside the image", "computed_in": [0, 1]}
-    return mean_of("ssim", similarity[..., inside:-inside, inside:-inside].mean((1, 2, 3)), conventions | window)
+    return mean_of("ssim", _similarity(prediction, target).mean((1, 2, 3)), conventions | window)
+
+
+def _similarity(x: Tensor, y: Tensor) -> Tensor:
+    """SSIM (eq. 13) of every window [B, C, h, w] inside images [B, C, H, W] in [0, 1]."""
+    place = torch.arange(SSIM_WINDOW, dtype=x.dtype, device=x.device) - SSIM_WINDOW // 2
+    taps = torch.softmax(-0.5 * (place / SSIM_SIGMA).square(), 0)
+
+    def local_mean(values: Tensor) -> Tensor:
+        rows = F.conv2d(values.flatten(0, 1)[:, None], taps.reshape(1, 1, -1, 1))
+        return F.conv2d(rows, taps.reshape(1, 1, 1, -1)).unflatten(0, values.shape[:2]).squeeze(2)
+
+    mean_x, mean_y = local_mean(x), local_mean(y)
+    variance_x = (local_mean(x * x) - mean_x.square()).clamp(min=0)
+    variance_y = (local_mean(y * y) - mean_y.square()).clamp(min=0)
+    covariance = local_mean(x * y) - mean_x * mean_y
+    luminance = (2 * mean_x * mean_y + SSIM_K1**2) / (mean_x.square() + mean_y.square() + SSIM_K1**2)
+    return luminance * (2 * covariance + SSIM_K2**2) / (variance_x + variance_y + SSIM_K2**2)
 
 
 def consistency(

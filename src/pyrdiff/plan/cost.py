@@ -5,14 +5,23 @@ import hashlib
 import inspect
 import json
 import os
-import platform
 import statistics
-import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import diffusers
 import torch
+
+from pyrdiff.machine import device_name, in_turn
+
+
+class Step(NamedTuple):
+    """A step that is timed: the name of its scheduler, and the size "HxW" of the network's sample."""
+
+    scheduler: str
+    size: str
 
 
 @dataclass
@@ -54,7 +63,7 @@ class StepCosts:
         """
         total = 0.0
         for level, scheduler in _levels(pipeline, plan):
-            name, size = _scheduler_name(pipeline, scheduler), "{}x{}".format(*level.network_size)
+            name, size = _step(pipeline, level, scheduler)
             if size not in self.seconds.get(name, {}):
                 timed = ", ".join(f"{name} at {', '.join(sizes)}" for name, sizes in self.seconds.items())
                 raise ValueError(f"plan has a level of {size} with {name}: expected what was timed: {timed}")
@@ -63,10 +72,10 @@ class StepCosts:
 
     def check(self, pipeline, batch_size: int) -> None:
         """
-        Whether these are the costs of this pipeline as it is now, and of this batch size.
+        Refuses costs that were not measured on this pipeline, on this machine and with this batch size.
 
         Raises:
-            ValueError: if not, for instance on another machine; the message names what differs.
+            ValueError: if they were not; the message names what differs.
         """
         expected = _circumstances(pipeline, batch_size)
         wrong = [name for name, value in expected.items() if getattr(self, name) != value]
@@ -115,44 +124,31 @@ def measure_costs(
         own = {"num_inference_steps": 2, "refine_steps": 2, "refine_strength": 1.0}  # whatever the training steps
         plans = {"": own, **(pipeline.config.plans or {})}
     if not plans:
-        raise ValueError("plans: got none; expected {name: plan}")
-    device = pipeline.device
-    runner = copy.copy(pipeline)
-    runner.refine_scheduler = None
+        raise ValueError(f"plans={plans}: expected {{name: plan}}")
+    runner, timed, calls = copy.copy(pipeline), {}, {}
+    runner.scheduler, runner.refine_scheduler = copy.deepcopy((pipeline.scheduler, pipeline.refine_scheduler))
     runner.set_progress_bar_config(disable=True)
-
-    def timed(scheduler, size, calls) -> tuple[int, float]:
-        generator = torch.Generator(device).manual_seed(0)
-        runner.scheduler = scheduler
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        began = time.perf_counter()
-        runner(batch_size, [size], calls, generator=generator, output_type="latent")
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return runner.num_timesteps, time.perf_counter() - began
-
-    wanted = {}
     for plan in plans.values():
-        for level, scheduler in _levels(pipeline, plan):
-            key = _scheduler_name(pipeline, scheduler), "{}x{}".format(*level.network_size)
-            wanted.setdefault(key, (scheduler, level.size))
+        for level, scheduler in _levels(runner, plan):
+            timed.setdefault(_step(pipeline, level, scheduler), (scheduler, level.size))
+    runner.refine_scheduler = None
+
+    def run(step: Step, count: int, turn: int) -> None:
+        runner.scheduler, size = timed[step]
+        generator = torch.Generator(pipeline.device).manual_seed(0)
+        runner(batch_size, [size], count, generator=generator, output_type="latent")
+        calls[step, count] = runner.num_timesteps
+
     # All the short runs, then all the long ones: either kind finds the caches as a run at another size left them.
-    found: dict[tuple, list[tuple[int, float]]] = {(*key, calls): [] for calls in (2, steps) for key in wanted}
-    for turn in range(rounds + 1):
-        for (*key, calls), runs in found.items():
-            taken = timed(*wanted[tuple(key)], calls)
-            if turn:
-                runs.append(taken)
-    seconds: dict[str, dict[str, float]] = {name: {} for name, _ in wanted}
-    overhead: dict[str, dict[str, float]] = {name: {} for name, _ in wanted}
-    for name, size in wanted:
-        (few, short), (many, long) = (
-            (found[name, size, calls][0][0], statistics.median(value for _, value in found[name, size, calls]))
-            for calls in (2, steps)
-        )
-        seconds[name][size] = max(0.0, long - short) / (many - few)
-        overhead[name][size] = max(0.0, short - few * seconds[name][size])
+    works = {(step, count): partial(run, step, count) for count in (2, steps) for step in timed}
+    runs = in_turn(works, rounds, pipeline.device)
+    seconds: dict[str, dict[str, float]] = {step.scheduler: {} for step in timed}
+    overhead: dict[str, dict[str, float]] = {step.scheduler: {} for step in timed}
+    for step in timed:
+        short, long = (statistics.median(runs[step, count]) for count in (2, steps))
+        a_call = max(0.0, long - short) / (calls[step, steps] - calls[step, 2])
+        seconds[step.scheduler][step.size] = a_call
+        overhead[step.scheduler][step.size] = max(0.0, short - calls[step, 2] * a_call)
     return StepCosts(seconds, overhead, **_circumstances(pipeline, batch_size))
 
 
@@ -162,26 +158,23 @@ def _levels(pipeline, plan: str | dict) -> list[tuple]:
     return [(level, schedulers[min(index, 1)]) for index, level in enumerate(pipeline.plan(plan=plan).levels)]
 
 
-def _scheduler_name(pipeline, scheduler) -> str:
-    """Class and changed settings; the noise process is the same in all schedulers of a pipeline."""
+def _step(pipeline, level, scheduler) -> Step:
+    """
+    What is timed. The scheduler's name is its class and the settings that were changed; the noise process is the same
+    in all schedulers of a pipeline.
+    """
     known = inspect.signature(type(scheduler).__init__).parameters
     changed = [
         f"{name}={value!r}"
         for name, value in sorted(scheduler.config.items())
         if name in known and name not in pipeline.NOISE_PROCESS and value != known[name].default
     ]
-    return f"{type(scheduler).__name__}({', '.join(changed)})"
+    return Step(f"{type(scheduler).__name__}({', '.join(changed)})", "{}x{}".format(*level.network_size))
 
 
 def _circumstances(pipeline, batch_size: int) -> dict:
     """What step costs depend on, as `StepCosts` names it."""
     device, unet = pipeline.device, pipeline.unet
-    if device.type == "cuda":
-        device_name = torch.cuda.get_device_name(device)
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        device_name = (names or [platform.processor() or device.type])[0]
     autocast = torch.is_autocast_enabled(device.type)
     dtype = f"{torch.get_autocast_dtype(device.type)} autocast" if autocast else str(unet.dtype)
     config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
@@ -189,7 +182,7 @@ def _circumstances(pipeline, batch_size: int) -> dict:
     parameters = sum(part.numel() for part in unet.parameters())
     return {
         "batch_size": batch_size,
-        "device": device_name,
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "dtype": dtype.replace("torch.", ""),
         "model": f"{type(unet).__name__}, {parameters} parameters, config {digest}",
@@ -231,7 +224,7 @@ def choose(
     if (budget_ms is None) == (target is None) or (target is not None and not quality):
         raise ValueError(f"budget_ms={budget_ms}, target={target}: expected one of them, and quality with target")
     if not plans:
-        raise ValueError("plans: got none, and the pipeline has none of its own; expected {name: plan}")
+        raise ValueError("plans={}: expected {name: plan}, or a pipeline with plans of its own")
     each_ms = {name: 1000 * costs.predict(pipeline, plan) / costs.batch_size for name, plan in plans.items()}
     if quality is not None:
         each_ms = {name: value for name, value in each_ms.items() if name in quality}

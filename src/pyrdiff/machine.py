@@ -1,0 +1,84 @@
+"""What a figure was measured on, and how long work takes there. Torch is imported only when it is needed."""
+
+import platform
+from collections.abc import Callable, Hashable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = ("pyrdiff", "torch", "diffusers", "pillow", "numpy")
+CPUINFO = Path("/proc/cpuinfo")
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of Python and of installed packages, by default of those that a result depends on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in packages or PACKAGES}}
+
+
+def device_name(device: "torch.device") -> str:
+    """The name of a GPU, or of the processor."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    lines = CPUINFO.read_text(encoding="utf-8").splitlines() if CPUINFO.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or device.type
+
+
+def seconds_of(work: Callable[[], object], device: "torch.device") -> float:
+    """Seconds until the work is done, on the GPU too."""
+    _finish(device)
+    began = perf_counter()
+    work()
+    _finish(device)
+    return perf_counter() - began
+
+
+def _finish(device: "torch.device") -> None:
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+def in_turn(
+    works: Mapping[Key, Callable[[int], object]],
+    runs: int,
+    device: "torch.device",
+    fewer: Mapping[Key, int] | None = None,
+    report: Callable[[int, Key, float], None] | None = None,
+) -> dict[Key, list[float]]:
+    """
+    Times several kinds of work side by side: all of them in turn, again and again, so that a change of the machine's
+    load meets them alike. The first turn warms up and is not counted.
+
+    Args:
+        works: {name: f(turn)}. The turn is -1 for the warm-up, then 0, 1, ...
+        runs: Timed runs of each, 1 or more.
+        device: Where the work runs.
+        fewer: {name: runs} of those with fewer runs, which get no warm-up; 0 leaves one out.
+        report: Called as f(turn, name, seconds) after each timed run.
+
+    Returns:
+        {name: seconds of each timed run}.
+    """
+    wanted = {name: (fewer or {}).get(name, runs) for name in works}
+    found: dict[Key, list[float]] = {name: [] for name in works}
+    for turn in range(-1, runs):
+        for name, work in works.items():
+            if turn >= wanted[name] or (turn < 0 and wanted[name] < runs):
+                continue
+            seconds = seconds_of(lambda work=work, turn=turn: work(turn), device)
+            if turn < 0:
+                continue
+            found[name].append(seconds)
+            if report is not None:
+                report(turn, name, seconds)
+    return found
