@@ -115,11 +115,56 @@ def convergence(images, options) -> dict:
 def gap(images, options) -> dict:
     rows = []
     for gamma in (20.0, 50.0):
+        needed = floor_needed(images, gamma)
         for floor in FLOORS:
-            found = paper_process(gamma=gamma, floor=floor).prior_gap_report(images)
-            found = {name: value if math.isfinite(value) else None for name, value in found.items()}
-            rows.append({"gamma": gamma, "floor": floor, **found})
+            process = paper_process(gamma=gamma, floor=floor)
+            nats = information(process, images)
+            rows.append(
+                {
+                    "gamma": gamma,
+                    "floor": floor,
+                    **process.prior_gap_report(images),
+                    "information_per_pixel": nats,
+                    "information_per_image": nats * images[0].numel(),
+                    "floor_needed": needed,
+                }
+            )
     return {"rows": rows, "leak": leak(images, options)}
+
+
+def information(process, images) -> float:
+    """
+    Mutual information of x_0 and x_T in nats a pixel, if pixels were independent: the entropy of the mixture of all
+    values' x_T, less the mean of their own. The shares of the values are those of a histogram of 256 levels.
+    """
+    import torch
+
+    scaled = (process.from_range(images.double()) * 255).round().long()
+    share = torch.bincount(scaled.flatten(), minlength=256).double() / scaled.numel()
+    values, share = process.to_range(torch.linspace(0, 1, 256, dtype=torch.float64))[share > 0], share[share > 0]
+    left = process.image_scale(values)
+    variance = -torch.expm1(left.log())
+    grid = torch.linspace(-8, 8, 8001, dtype=torch.float64)
+    distance = (grid[:, None] - left.sqrt() * values).square() / variance
+    density = (share * (-0.5 * distance).exp() / (2 * math.pi * variance).sqrt()).sum(1)
+    entropy = -torch.special.xlogy(density, density).sum() * (grid[1] - grid[0])
+    own = (share * 0.5 * (2 * math.pi * math.e * variance).log()).sum()
+    return (entropy - own).clamp(min=0).item()
+
+
+def floor_needed(images, gamma: float, tolerance: float = 1e-3) -> float:
+    """The least floor with which the KL a pixel is within the tolerance, to 6 digits; at most 0.5."""
+
+    def open_at(floor: float) -> bool:
+        return paper_process(gamma=gamma, floor=floor).prior_gap_report(images)["kl_per_pixel"] > tolerance
+
+    if not open_at(0.0):
+        return 0.0
+    low, high = 0.0, 0.5
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if open_at(middle) else (low, middle)
+    return high
 
 
 def leak(images, options) -> dict:

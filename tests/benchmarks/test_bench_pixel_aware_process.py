@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -23,11 +24,11 @@ def folder(tmp_path_factory) -> Path:
     pixels = np.random.default_rng(0).integers(0, 256, (24, 16, 16), dtype=np.uint8)
     pixels[:, :8] //= 20  # half of them is dark
     np.save(folder / "images.npy", pixels)
-    for mode, output, head in (("paper", "scale", "lowrank"), ("structure", "structure", "tied")):
+    for mode, output, head in (("paper", "scale", "literal"), ("structure", "structure", "tied")):
         torch.manual_seed(0)
         unet = pyrdiff.ParallelTrajectoryUNet2DModel(
             image_channels=1, sample_size=16, encoder_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
-            attention_head_dim=None, time_embedding_dim=16, num_train_timesteps=STEPS, head=head, rank=2,
+            attention_head_dim=None, time_embedding_dim=16, num_train_timesteps=STEPS, head=head,
             target="noise" if mode == "paper" else "clean",
         )  # fmt: skip
         autoencoder = pyrdiff.ScaleAutoencoder(
@@ -97,12 +98,39 @@ def test_the_gap_is_the_closed_form(result, images):
         assert row["kl_per_pixel"] == pytest.approx(gap.mean().item(), rel=1e-4)
         assert row["kl_per_image"] == pytest.approx(256 * gap.mean().item(), rel=1e-4)
         assert row["worst_pixel"] == pytest.approx(gap.max().item(), rel=1e-4)
+        assert 0 <= row["information_per_pixel"] < row["kl_per_pixel"]  # the gap to any one prior bounds it
+        assert row["information_per_image"] == pytest.approx(256 * row["information_per_pixel"])
     leak = result["parts"]["gap"]["leak"]
     constant = (images[:-8].mean(0) - images[-8:]).square().mean().item()
     assert leak["constant_mse"] == pytest.approx(constant, rel=1e-4) and leak["fit_images"] == 16
     for row in leak["rows"]:
         assert row["share"] == pytest.approx(row["mse"] / constant, rel=1e-3)
         assert row["share"] == pytest.approx(1, abs=0.2), "next to nothing is learned in 3 steps"
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(gamma=5.0), dict(floor=0.1), dict(floor=0.02)], ids=str)
+@pytest.mark.parametrize("levels", [(7,), (0, 255), (0, 10, 10), (3, 40, 90, 200)], ids=str)
+def test_the_information_is_that_of_a_mixture(settings, levels):
+    """Of the definition, an integral over each component in its own units; the bench has one grid for all."""
+    process = bench.paper_process(**settings)
+    values = process.to_range(torch.tensor(levels).double() / 255)
+    found = bench.information(process, values.reshape(1, 1, 1, -1).expand(2, 3, 4, -1))
+    left = process.image_scale(values)
+    components = torch.distributions.Normal(left.sqrt() * values, (1 - left).sqrt())
+    white = torch.linspace(-9, 9, 4001).double()
+    points = components.mean[:, None] + components.stddev[:, None] * white
+    mixture = torch.logsumexp(components.log_prob(points[..., None]), -1) - math.log(len(levels))
+    ratio = components.log_prob(points.T).T - mixture
+    wanted = torch.trapezoid(ratio * (-0.5 * white**2).exp() / (2 * math.pi) ** 0.5, white).mean().item()
+    assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 1e-2])
+def test_the_floor_that_is_needed_is_the_least_one(images, tolerance):
+    floor = bench.floor_needed(images, 20.0, tolerance)
+    gaps = [bench.paper_process(floor=share * floor).prior_gap_report(images)["kl_per_pixel"] for share in (1, 0.98)]
+    assert gaps[0] <= tolerance < gaps[1]
+    assert bench.floor_needed(images.clamp(min=0.5), 60.0) == 0
 
 
 def test_a_network_reads_the_image_where_dark_pixels_keep_theirs(images):

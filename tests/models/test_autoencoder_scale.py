@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal, kl_divergence
+from torch.distributions import Normal, kl_divergence
 
 from pyrdiff.models.autoencoder_scale import PRESETS, ScaleAutoencoder
 
@@ -217,23 +217,9 @@ def test_posterior_samples_have_a_generator_each():
         assert torch.equal(alone[0], together[row])
 
 
-def test_log_density_of_the_prior():
-    model, given = network(), mixture()
-    model.set_prior(**given)
-    latents = 2 * normals(50, 5)
-    components = MultivariateNormal(given["means"], given["covariances"])
-    active = MixtureSameFamily(Categorical(given["weights"]), components).log_prob(latents[:, [3, 1]].double())
-    wanted = active + Normal(0.0, 1.0).log_prob(latents[:, [0, 2, 4]]).sum(1)
-    torch.testing.assert_close(model.prior_log_prob(latents).double(), wanted, rtol=1e-4, atol=1e-4)
-    normal = Normal(0.0, 1.0).log_prob(latents).sum(1)
-    torch.testing.assert_close(model.prior_log_prob(latents, prior="normal"), normal)
-    torch.testing.assert_close(network(prior="normal").prior_log_prob(latents), normal)
-
-
 def test_one_standard_component_on_all_dimensions_is_the_normal_prior():
-    model, latents = network(), normals(4, 5)
+    model = network()
     model.set_prior(np.ones(1), np.zeros((1, 5)), np.eye(5)[None], np.arange(5))
-    torch.testing.assert_close(model.prior_log_prob(latents), model.prior_log_prob(latents, "normal"))
     assert torch.equal(model.sample_prior(4, generators(4)), model.sample_prior(4, generators(4), "normal"))
 
 
@@ -252,13 +238,26 @@ def test_moments_of_the_prior():
     torch.testing.assert_close(torch.cov(rows.T), covariance, rtol=0.03, atol=0.03)
 
 
+def test_each_component_is_drawn_as_often_as_it_weighs():
+    model, given, count = network(), mixture(), 30000
+    given["means"] = torch.tensor([[-50.0, 0], [0, 50], [50, -50]], dtype=torch.float64)
+    model.set_prior(**given)
+    rows = model.sample_prior(count, torch.Generator().manual_seed(0)).double()[:, [3, 1]]
+    component = torch.cdist(rows, given["means"]).argmin(1)
+    share = torch.bincount(component, minlength=3) / count
+    torch.testing.assert_close(share.double(), given["weights"], rtol=0, atol=0.01)
+    for index in range(3):
+        torch.testing.assert_close(
+            torch.cov(rows[component == index].T), given["covariances"][index], rtol=0.06, atol=0.03
+        )
+
+
 def test_a_component_of_no_weight_is_not_drawn():
     model, given = network(), mixture()
     given["weights"] = torch.tensor([0.0, 1, 0])
     given["means"] = torch.tensor([[100.0, 100], [0, 0], [-100, -100]])
     model.set_prior(**given)
     assert model.sample_prior(2000, torch.Generator().manual_seed(0)).abs().max() < 50
-    assert model.prior_log_prob(normals(3, 5)).isfinite().all()
 
 
 @pytest.mark.parametrize("prior", ["gmm", "normal"])
@@ -280,7 +279,7 @@ def test_normal_prior_needs_no_mixture():
 
 @pytest.mark.parametrize("low_memory", [True, False])
 def test_the_prior_is_saved_with_the_weights(tmp_path, low_memory):
-    model, latents = network(prior="normal"), normals(4, 5)
+    model = network(prior="normal")
     model.set_prior(**mixture())
     model.save_pretrained(tmp_path)
     assert list(tmp_path.glob("*.safetensors"))
@@ -288,7 +287,6 @@ def test_the_prior_is_saved_with_the_weights(tmp_path, low_memory):
     config = loaded.config
     assert (config.prior, config.prior_components, config.active_latents) == ("gmm", 3, 2)
     assert torch.equal(loaded.sample_prior(4, generators(4)), model.sample_prior(4, generators(4)))
-    assert torch.equal(loaded.prior_log_prob(latents), model.prior_log_prob(latents))
     image = numbers(2, 3, 8, 8)
     assert all(torch.equal(loaded(image, 5)[key], value) for key, value in model(image, 5).items())
     loaded.set_prior([1.0], [[0.0]], [[[4.0]]], [2])  # another size replaces it
@@ -305,7 +303,7 @@ def test_half_precision():
     assert output.structure.dtype == output.mean.dtype == torch.float32
     assert 0.004 <= output.structure.min() and output.structure.max() <= 1
     rows = model.sample_prior(4, generators(4))
-    assert model.decode(rows).isfinite().all() and model.prior_log_prob(rows).isfinite().all()
+    assert model.decode(rows).isfinite().all()
 
 
 def test_it_learns_eight_images():
@@ -370,7 +368,7 @@ def test_settings_are_checked(changes, message):
         (lambda model: model.encode(numbers(2, 3, 8, 8), float("nan")), "timestep=nan: expected 0 to"),
         (lambda model: model.encode(numbers(2, 3, 8, 8), torch.tensor([1, 2, 3])), r"timestep has shape \(3,\): exp"),
         (lambda model: model.decode(normals(2, 4)), r"latents has shape \(2, 4\): expected \(B, 5\)"),
-        (lambda model: model.prior_log_prob(normals(5)), r"latents has shape \(5,\): expected \(B, 5\)"),
+        (lambda model: model.decode(normals(5)), r"latents has shape \(5,\): expected \(B, 5\)"),
         (lambda model: model.sample_latents(normals(2, 4), normals(2, 4)), r"mean has shape \(2, 4\): expected"),
         (
             lambda model: model.sample_latents(normals(2, 5), normals(1, 5)),
@@ -384,7 +382,6 @@ def test_settings_are_checked(changes, message):
         (lambda model: model.sample_prior(0, prior="normal"), "batch_size=0: expected a whole number"),
         (lambda model: model.sample_prior(2, prior="flow"), "prior='flow': expected one of"),
         (lambda model: model.sample_prior(2), 'prior="gmm", but no mixture was fitted: .* set_prior'),
-        (lambda model: model.prior_log_prob(normals(2, 5)), 'prior="gmm", but no mixture was fitted'),
         (lambda model: network(prior_components=2, active_latents=3).sample_prior(2), "but no mixture was fitted"),
         (lambda model: ScaleAutoencoder.from_preset("huge"), "name='huge': expected one of .*'mini'"),
     ],

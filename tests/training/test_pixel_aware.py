@@ -280,9 +280,8 @@ def test_errors_beyond_100_are_flat(toy_x):
 # The loss of the heads.
 
 
-@pytest.mark.parametrize("head", ["lowrank", "grouped", "literal"])
-def test_noises_of_other_steps_are_trained_towards_the_tied_ones(toy_x, head):
-    flags = toy_x(head=head, head_steps=6)
+def test_noises_of_other_steps_are_trained_towards_the_tied_ones(toy_x):
+    flags = toy_x(head="literal", head_steps=6)
     exact = Loss(flags)
     assert exact.call() < 1e-5 and len(exact.steps) == 6
     zero = Loss(flags, noises=torch.zeros_like)
@@ -296,7 +295,7 @@ def test_noises_of_other_steps_are_trained_towards_the_tied_ones(toy_x, head):
 
 
 def test_noises_of_later_steps_do_not_count(toy_x):
-    case = Loss(toy_x(mode="paper", head="lowrank"))
+    case = Loss(toy_x(mode="paper", head="literal"))
     case.call()
 
     def spoiled(tied, wrong=1e3):
@@ -304,7 +303,7 @@ def test_noises_of_later_steps_do_not_count(toy_x):
         assert 0.2 < later.double().mean() < 0.8
         return torch.where(later[:, :, None, None, None], wrong, tied)
 
-    assert Loss(toy_x(mode="paper", head="lowrank"), noises=spoiled).call() < 1e-5
+    assert Loss(toy_x(mode="paper", head="literal"), noises=spoiled).call() < 1e-5
     scheduler, some = case.scheduler, case.clean[:2].float()
     none = pixel_aware.head_loss(scheduler, torch.ones(1, *some.shape), some, some, torch.tensor([1, 2]), [3], None)
     assert none == 0
@@ -313,7 +312,7 @@ def test_noises_of_later_steps_do_not_count(toy_x):
 @pytest.mark.parametrize("mode", ["structure", "paper"])
 def test_the_tied_target_has_the_expected_gradient_of_a_drawn_path(toy_x, mode):
     """Eq. 15's target is the noise of the path at j; ours is its expectation: less variance, the same minimiser."""
-    settings = settings_of(toy_x(mode=mode, head="lowrank"))
+    settings = settings_of(toy_x(mode=mode, head="literal"))
     scheduler, time, steps = pixel_aware.build_process(settings), 15, [3, 8, 15, 18]
     clean = clean_of(to_range(photos(30_000, 4, 4, seed=2))[:, :, ::2, ::2])
     structure = (clean + 0.05).clamp(max=1) if mode == "structure" else None
@@ -335,7 +334,7 @@ def test_the_tied_target_has_the_expected_gradient_of_a_drawn_path(toy_x, mode):
 
 @pytest.mark.parametrize(("total", "count"), [(20, 6), (20, 8), (200, 8), (500, 8), (5, 8), (1, 1)])
 def test_the_steps_of_the_heads_differ_reach_all_and_are_those_of_every_process(toy_x, total, count):
-    settings, reached = settings_of(toy_x(head="lowrank", head_steps=count)), set()
+    settings, reached = settings_of(toy_x(head="literal", head_steps=count)), set()
     for step in range(20 * (total // count + 1)):
         draws = [Draws(5, step, 0, device=CPU, num_processes=2, process_index=index) for index in range(2)]
         draws[1].normal(3)  # what was drawn before makes no difference
@@ -430,8 +429,8 @@ def test_the_autoencoder_may_be_inside_what_compiles_or_distributes_it(toy_x, na
 PARTS = [
     pytest.param({}, id="tied"),
     pytest.param(dict(use_structure=False), id="no structure"),
-    pytest.param(dict(head="lowrank"), id="lowrank"),
-    pytest.param(dict(mode="paper", head="grouped"), id="paper"),
+    pytest.param(dict(head="literal"), id="literal"),
+    pytest.param(dict(mode="paper", head="literal"), id="paper"),
 ]
 
 
@@ -585,8 +584,8 @@ def test_an_autoencoder_that_uses_no_latent_is_refused(trained_autoencoder):
 
 RUNS = {
     "tied": {},
-    "no structure, grouped": dict(use_structure=False, head="grouped"),
-    "lowrank, colour": dict(head="lowrank", image_channels=3, random_flip=True),
+    "no structure, literal": dict(use_structure=False, head="literal"),
+    "literal, colour": dict(head="literal", image_channels=3, random_flip=True),
     "literal, uniform, oblong": dict(head="literal", schedule="uniform", resolution=["8x12"]),
     "normal prior": dict(prior="normal", gradient_accumulation_steps=2),
     "paper": dict(mode="paper", head="literal"),
@@ -702,7 +701,7 @@ def test_pictures_of_progress_are_of_images_and_structures_then_of_samples(strai
 @pytest.mark.parametrize("mode", ["structure", "paper"])
 def test_a_very_short_process_and_few_images_have_pictures_too(toy_x, tmp_path, mode):
     np.save(tmp_path / "few.npy", photos(3))
-    changes = dict(mode=mode, head="lowrank", num_train_timesteps=1, autoencoder_steps=1, max_train_steps=1)
+    changes = dict(mode=mode, head="literal", num_train_timesteps=1, autoencoder_steps=1, max_train_steps=1)
     flags = toy_x(**changes, save_images_steps=1, eval_batch_size=5, train_data_dir=str(tmp_path / "few.npy"))
     folder = train_toy({**flags, "prior": "normal"})
     cells = cells_of(folder / "samples" / "step-0000001.png", *((3, 5) if mode == "paper" else (5, 2)))
@@ -762,8 +761,8 @@ def train_until_stopped(flags: dict, step: int, **stage) -> Path:
 
 STOPS = {
     "default": {},
-    "everything": dict(head="lowrank", random_flip=True, gradient_accumulation_steps=2, schedule="uniform"),
-    "paper": dict(mode="paper", head="grouped", save_images_steps=3, eval_batch_size=1),
+    "everything": dict(head="literal", random_flip=True, gradient_accumulation_steps=2, schedule="uniform"),
+    "paper": dict(mode="paper", head="literal", save_images_steps=3, eval_batch_size=1),
 }
 
 
@@ -849,7 +848,7 @@ def test_a_network_on_another_autoencoder_is_refused(copied):
         (dict(train_batch_size=8), "autoencoder/checkpoint-6 has batch="),
         (dict(seed=6), "autoencoder/checkpoint-6 has seed=5, this run has 6"),
         (dict(encoder_channels=[16, 16]), "run/checkpoint-6 has network="),
-        (dict(head="lowrank"), "run/checkpoint-6 has network="),
+        (dict(head="literal"), "run/checkpoint-6 has network="),
         (dict(use_structure=False), "run/checkpoint-6 has network="),
         (dict(resume_from_checkpoint="none"), "autoencoder'?: holds checkpoints"),
     ],
@@ -958,8 +957,8 @@ REFUSED = [
     (dict(resolution=["16", "32"]), "resolution"),
     (dict(resolution=["large"]), "resolution"),
     (dict(patch_size=8), "patch_size"),
-    (dict(compile=True, head="lowrank"), "compile"),
-    (dict(mode="paper", head="lowrank", schedule="uniform"), "schedule"),
+    (dict(compile=True, head="literal"), "compile"),
+    (dict(mode="paper", head="literal", schedule="uniform"), "schedule"),
     (dict(mode="paper"), "head"),
     (dict(mode="paper", head="literal", use_structure=False), "use_structure"),
     (dict(train_batch_size=0), "train_batch_size"),

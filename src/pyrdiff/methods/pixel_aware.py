@@ -36,8 +36,8 @@ class PixelAwareSettings(TrainingSettings):
     """False: no autoencoder, a uniform rate and EDM's preconditioning about mid-gray (the baseline)."""
     schedule: Literal["pixel", "uniform"] = "pixel"
     """Rates that follow the structure, or the same for all pixels (an ablation)."""
-    head: Literal["tied", "lowrank", "grouped", "literal"] = "tied"
-    """What predicts the noises of the other steps: nothing (closed form), 8 maps mixed, or a sub-network a step."""
+    head: Literal["tied", "literal"] = "tied"
+    """What predicts the noises of the other steps: nothing (they follow in closed form), or a sub-network a step."""
     head_steps: int = 8
     """Steps, drawn anew for each batch, that such a head is trained on at a time."""
     num_train_timesteps: int | None = None
@@ -81,7 +81,7 @@ class PixelAwareSettings(TrainingSettings):
         self._check("compile", not self.compile or self.head == "tied", "False with a head whose steps are drawn")
         if self.mode == "paper":
             self._check("schedule", self.schedule == "pixel", "'pixel' with mode='paper'")
-            self._check("head", self.head != "tied", "lowrank, grouped or literal with mode='paper'")
+            self._check("head", self.head != "tied", "'literal' with mode='paper'")
             self._check("use_structure", self.use_structure, "True with mode='paper'")
 
 

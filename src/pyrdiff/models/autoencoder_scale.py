@@ -437,28 +437,6 @@ class ScaleAutoencoder(ModelMixin, ConfigMixin):
             return torch.cat([self._draw(1, each, mixture) for each in generators])
         return self._draw(batch_size, generator, mixture)
 
-    def prior_log_prob(self, latents: torch.Tensor, prior: Literal["gmm", "normal"] | None = None) -> torch.Tensor:
-        """
-        Log-density [B], in nats, of latent vectors [B, latent_dim] under what `sample_prior` draws from. Raises
-        `ValueError` as it does.
-        """
-        self._check_latents("latents", latents)
-        latents = latents.to(torch.promote_types(latents.dtype, torch.float32))
-        normal = -0.5 * (latents.square() + math.log(2 * math.pi))
-        mixture = self._mixture(prior)
-        if mixture is None:
-            return normal.sum(dim=1)
-        weights, means, cholesky, active = mixture
-        inactive = torch.ones(latents.shape[1], dtype=torch.bool, device=latents.device)
-        inactive[active] = False
-        # log sum_k w_k N(z; m_k, L_k L_k^T), with the whitened distance L_k^-1 (z - m_k): [K, A, B].
-        distance = (latents[:, active, None] - means.mT).permute(2, 1, 0)
-        cholesky = cholesky.to(latents.dtype)
-        whitened = torch.linalg.solve_triangular(cholesky, distance, upper=False)
-        log_norm = cholesky.diagonal(dim1=1, dim2=2).log().sum(dim=1) + 0.5 * len(active) * math.log(2 * math.pi)
-        components = weights.log()[:, None] - log_norm[:, None] - 0.5 * whitened.square().sum(dim=1)
-        return torch.logsumexp(components, dim=0) + normal[:, inactive].sum(dim=1)
-
     def _draw(self, count: int, generator: torch.Generator | None, mixture: tuple | None) -> torch.Tensor:
         """`count` rows of the prior by one generator: first the components, then the normal numbers."""
         device = self.device if generator is None else generator.device

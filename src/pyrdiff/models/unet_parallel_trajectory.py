@@ -83,12 +83,6 @@ class Fusion(nn.Module):
         hidden = hidden + self.time(embedding)[:, :, None, None]
         return hidden if structure is None else hidden + self.structure(structure)
 
-    def cost(self, pixels: int) -> tuple[int, int]:
-        """Parameters, and multiplications for one image."""
-        linear = self.time[1].weight.numel()
-        convs = sum(layer.weight.numel() for layer in self.structure[::2]) if hasattr(self, "structure") else 0
-        return sum(part.numel() for part in self.parameters()), linear + convs * pixels
-
 
 class Block(nn.Module):
     """A residual block, and self-attention after it where a level has it."""
@@ -187,67 +181,6 @@ class StepAttention(nn.Module):
         return hidden + self.out(mixed, rows)
 
 
-class LowRankHead(nn.Module):
-    """Z^j = sum_k c_jk(i) B_k: basis maps B_k of the features, coefficients of the embeddings of j/T and i/T."""
-
-    WIDTH = 128
-
-    def __init__(self, features: int, channels: int, settings: dict):
-        super().__init__()
-        self.rank, self.channels = settings["rank"], channels
-        self.num_train_timesteps = settings["num_train_timesteps"]
-        self.norm = nn.GroupNorm(settings["norm_num_groups"], features)
-        self.basis = nn.Conv2d(features, self.rank * channels, 3, padding=1)
-        self.time_proj = Timesteps(TIME_CHANNELS, True, 0)
-        self.of_step = nn.Linear(TIME_CHANNELS, self.WIDTH)
-        self.of_time = nn.Linear(settings["time_embedding_dim"], self.WIDTH)
-        self.coefficients = nn.Linear(self.WIDTH, self.rank)
-
-    def prepare(self, features: torch.Tensor) -> torch.Tensor:
-        """The part that is the same for all steps."""
-        return self.basis(F.silu(self.norm(features))).unflatten(1, (self.rank, self.channels))
-
-    def forward(self, basis: torch.Tensor, embedding: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """[S, B, c, h, w] for the steps `rows + 1`."""
-        step = self.time_proj((rows + 1) * (TIME_SCALE / self.num_train_timesteps)).to(embedding.dtype)
-        hidden = self.of_step(step)[:, None] + self.of_time(F.silu(embedding))
-        return torch.einsum("sbk,bkchw->sbchw", self.coefficients(F.silu(hidden)), basis)
-
-    def cost(self, pixels: int, steps: int) -> tuple[int, int]:
-        """Parameters, and multiplications for one image."""
-        small = self.of_time.weight.numel() + steps * (self.of_step.weight.numel() + self.coefficients.weight.numel())
-        large = self.basis.weight.numel() * pixels + steps * self.rank * self.channels * pixels
-        return sum(part.numel() for part in self.parameters()), small + large
-
-
-class GroupedHead(nn.Module):
-    """Z^j by one wide convolution of the features and one small convolution for each step, around which y_j skips."""
-
-    def __init__(self, features: int, channels: int, settings: dict):
-        super().__init__()
-        steps = settings["num_train_timesteps"]
-        self.channels = channels
-        self.norm = nn.GroupNorm(settings["norm_num_groups"], features)
-        self.wide = StepConv(steps, features, channels, 3)
-        self.own = StepConv(steps, channels, channels, 3)
-
-    def prepare(self, features: torch.Tensor) -> torch.Tensor:
-        """The part that is the same for all steps."""
-        return F.silu(self.norm(features))
-
-    def forward(self, hidden: torch.Tensor, embedding: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """[S, B, c, h, w] for the steps `rows + 1`."""
-        hidden = self.wide(hidden, rows, shared=True)
-        hidden = hidden + self.own(F.silu(hidden), rows)
-        return hidden.unflatten(1, (len(rows), self.channels)).transpose(0, 1)
-
-    def cost(self, pixels: int, steps: int) -> tuple[int, int]:
-        """Parameters, and multiplications for one image."""
-        weights = sum(conv.weight[0].numel() for conv in (self.wide, self.own))
-        parameters = steps * (weights + 2 * self.channels) + sum(part.numel() for part in self.norm.parameters())
-        return parameters, steps * weights * pixels
-
-
 class LiteralHead(nn.Module):
     """
     The sub-networks G_j of eq. 14 (appendix C): two residual blocks with self-attention and as many channels as the
@@ -296,20 +229,6 @@ class LiteralHead(nn.Module):
             output = attention(output, rows)
         return output.unflatten(1, (len(rows), self.channels)).transpose(0, 1)
 
-    def cost(self, pixels: int, steps: int) -> tuple[int, int]:
-        """Parameters, and multiplications for one image."""
-        own = sum(part[0].numel() for name, part in self.named_parameters() if not name.startswith("norm."))
-        shared = sum(part.numel() for part in self.norm.parameters())
-        each = pixels * sum(conv.weight[0].numel() for conv in (self.shortcut, *self.convs))
-        each += sum(conv.weight[0].numel() for conv in self.times)
-        if pixels <= self.MAX_PIXELS:
-            scores = 2 * pixels**2 * StepAttention.width(self.channels)
-            each += len(self.attentions) * (4 * self.channels**2 * pixels + scores)
-        return steps * own + shared, steps * each
-
-
-HEADS = {"tied": None, "lowrank": LowRankHead, "grouped": GroupedHead, "literal": LiteralHead}
-
 
 class ParallelTrajectoryUNet2DModel(ModelMixin, ConfigMixin):
     r"""
@@ -335,10 +254,9 @@ class ParallelTrajectoryUNet2DModel(ModelMixin, ConfigMixin):
         num_train_timesteps (`int`, defaults to 200): T, the number of steps.
         use_structure (`bool`, defaults to `True`): Whether there is a structure: an input, and H_k.
         head (`str`, defaults to "tied"): What predicts Z^j. "tied": nothing, it follows from the clean image
-            (`PixelAwareScheduler.tied_noise`); "lowrank": `rank` maps mixed for each step; "grouped": a convolution of
-            the features for each step, and a small one; "literal": the paper's sub-networks G_j, with
-            self-attention where the features have at most 32x32 pixels.
-        rank (`int`, defaults to 8): Number of maps of the head "lowrank".
+            (`PixelAwareScheduler.tied_noise`). "literal": the paper's sub-networks G_j, with self-attention where the
+            features have at most 32x32 pixels.
+        rank (`int`, defaults to 8): Not used by these heads. Folders of version 0.1.0 have it in their config.
         head_attention (`bool`, defaults to `True`): Whether the head "literal" has self-attention.
         target (`str`, defaults to "clean"): "clean": the first output is the clean image; "noise": as in the paper
             there are only the heads.
@@ -367,7 +285,7 @@ class ParallelTrajectoryUNet2DModel(ModelMixin, ConfigMixin):
         time_embedding_dim: int = 512,
         num_train_timesteps: int = 200,
         use_structure: bool = True,
-        head: Literal["tied", "lowrank", "grouped", "literal"] = "tied",
+        head: Literal["tied", "literal"] = "tied",
         rank: int = 8,
         head_attention: bool = True,
         target: Literal["clean", "noise"] = "clean",
@@ -416,20 +334,20 @@ class ParallelTrajectoryUNet2DModel(ModelMixin, ConfigMixin):
             # An untrained network predicts 0: with the preconditioning, the best guess without one.
             nn.init.zeros_(self.conv_out.weight)
             nn.init.zeros_(self.conv_out.bias)
-        if head != "tied":
+        if head == "literal":
             self.noise_fusion = fusion(width)
-            self.noise_head = HEADS[head](width, channels, settings)
+            self.noise_head = LiteralHead(width, channels, settings)
 
     def _check_settings(self):
         settings = self.config
-        for name, choices in {"head": tuple(HEADS), "target": ("clean", "noise")}.items():
+        for name, choices in {"head": ("tied", "literal"), "target": ("clean", "noise")}.items():
             if settings[name] not in choices:
                 raise ValueError(f"{name}={settings[name]!r}: expected one of {choices}")
         if settings.target == "noise" and settings.head == "tied":
-            raise ValueError("head='tied': expected another head with target='noise', which has no clean image")
+            raise ValueError("head='tied': expected 'literal' with target='noise', which has no clean image")
         for name in (
             "image_channels", "layers_per_block", "patch_size", "norm_num_groups", "attention_head_dim",
-            "time_embedding_dim", "num_train_timesteps", "rank", "chunk_size",
+            "time_embedding_dim", "num_train_timesteps", "chunk_size",
         ):  # fmt: skip
             value, optional = settings[name], name in ("attention_head_dim", "chunk_size")
             if not (optional and value is None or isinstance(value, int) and value >= 1):
@@ -523,20 +441,6 @@ class ParallelTrajectoryUNet2DModel(ModelMixin, ConfigMixin):
             noises = self._noises(self.noise_fusion(hidden, embedding, scales[0]), embedding, time, steps)
         output = ParallelTrajectoryOutput(sample=clean, noises=noises)
         return output if return_dict else (clean, noises)
-
-    def head_cost(self, height: int, width: int, steps: int | None = None) -> dict[str, int]:
-        """
-        What the noises of `steps` steps (`None`: all) cost for one image of height x width: "parameters" of the head
-        that they need, "macs" (multiplications, from the features on) and "bytes" of the output. In closed form.
-        """
-        steps = self.config.num_train_timesteps if steps is None else steps
-        size = steps * self.config.image_channels * height * width * torch.finfo(self.dtype).bits // 8
-        parameters = macs = 0
-        if self.config.head != "tied":
-            pixels = height * width // self.config.patch_size**2
-            costs = self.noise_fusion.cost(pixels), self.noise_head.cost(pixels, steps)
-            parameters, macs = (sum(parts) for parts in zip(*costs, strict=True))
-        return {"parameters": parameters, "macs": macs, "bytes": size}
 
     @property
     def _time_factor(self) -> float:
