@@ -94,7 +94,8 @@ class OurLoop:
 
         from pyrdiff.data import ImageLevels, MultiScaleBatches
         from pyrdiff.methods.pddpm import METHOD
-        from pyrdiff.training.loop import Run
+        from pyrdiff.training.loop import Run, Stage, Surroundings
+        from pyrdiff.training.stopping import Stopwatch
 
         settings = METHOD.settings(
             train_data_dir=options.train_data_dir,
@@ -107,19 +108,11 @@ class OurLoop:
         )
         images = ImageLevels.build(options.train_data_dir, settings.sizes)
         batches = MultiScaleBatches(images, options.batch_size, random_flip=True)
-        network, scheduler = METHOD.model(settings, 3), METHOD.scheduler(settings, images)
-        pipeline = METHOD.pipeline(settings, network, scheduler, images)
-        accelerator = Accelerator(mixed_precision=options.mixed_precision)
-        parts = (METHOD, settings, accelerator, Path(folder), images, batches, network, scheduler, pipeline)
-        self.run = Run(*parts, time.monotonic())
+        surroundings = Surroundings(Accelerator(mixed_precision=options.mixed_precision), images, batches, Stopwatch())
+        self.run = Run(Stage(METHOD, settings, Path(folder)), METHOD.model(settings, 3), surroundings)
 
     def step(self) -> None:
-        run = self.run
-        for group in run.optimizer.param_groups:
-            group["lr"] = run._learning_rate()
-        _, statistics_of_step = run._optimise()
-        run.step += 1
-        run._check(run.step, statistics_of_step)
+        self.run.checked(self.run.optimise())
 
 
 def measure(options) -> dict:

@@ -1,0 +1,147 @@
+"""The folder of a run: its settings, its log, its checkpoints, and where it goes on from."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from . import checkpoints
+from .settings import TrainingSettings
+
+FINISHED = "finished"  # folder of a network that another method builds on
+
+
+class Saved(NamedTuple):
+    """A checkpoint that was read."""
+
+    path: Path
+    tensors: checkpoints.Tensors
+    state: dict[str, Any]
+
+
+def refuse_other_folder(folder: Path, settings: TrainingSettings, within: str | None = None) -> None:
+    """
+    Refuses an output folder that is something else than a run of ours.
+
+    Args:
+        folder: The output folder.
+        settings: Those of the run.
+        within: Name of the folder of a run that lies in it.
+
+    Raises:
+        ValueError: if it holds other things, or checkpoints that the run is not to resume from.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir={str(folder)!r}: expected a folder, found a file")
+    used = folder.is_dir() and any(path.name != within for path in folder.iterdir())
+    has_checkpoints = bool(checkpoints.list_checkpoints(folder))
+    if used and not has_checkpoints and not (folder / "settings.json").is_file():
+        raise ValueError(f"output_dir={str(folder)!r}: expected a new, an empty or an earlier run's folder")
+    if has_checkpoints and settings.resume_from_checkpoint == "none":
+        raise ValueError(f"output_dir={str(folder)!r}: holds checkpoints; expected a new folder, or resume 'latest'")
+
+
+class RunFolder:
+    """
+    What a run keeps on disk. One process writes; all of them read.
+
+    Args:
+        path: The folder; made by `open`.
+        settings: Those of the run.
+    """
+
+    def __init__(self, path: Path, settings: TrainingSettings):
+        self.path, self.settings = path, settings
+
+    def open(self) -> None:
+        """Makes the folder and writes the resolved settings."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(asdict(self.settings), indent=2)
+        (self.path / "settings.json").write_text(text + "\n", encoding="utf-8")
+
+    def log(self, values: dict[str, Any]) -> None:
+        """Adds a line to log.jsonl."""
+        with (self.path / "log.jsonl").open("a", encoding="utf-8") as log:
+            log.write(json.dumps(values) + "\n")
+
+    def write_failure(self, report: dict[str, Any]) -> None:
+        text = json.dumps(report, indent=2)
+        self.failure_path(report["step"]).write_text(text + "\n", encoding="utf-8")
+
+    def failure_path(self, step: int) -> Path:
+        return self.path / f"failure-{step}.json"
+
+    # Checkpoints.
+
+    def save(self, step: int, tensors: checkpoints.Tensors, state: dict[str, Any]) -> None:
+        """Writes a checkpoint, and removes those that are too many."""
+        checkpoints.save_checkpoint(self.path, step, tensors, state)
+        checkpoints.prune_checkpoints(self.path, self.settings.checkpoints_total_limit)
+
+    def has_saved(self, step: int) -> bool:
+        return self.path / f"checkpoint-{step}" in checkpoints.list_checkpoints(self.path)
+
+    def saved(self, identity: dict[str, Any]) -> Saved | None:
+        """
+        The checkpoint that the settings say to resume from; None for a fresh start.
+
+        Args:
+            identity: What must be the same in the run that wrote it.
+
+        Raises:
+            ValueError: if the checkpoint is not one of this run.
+            CheckpointError: if it is named in the settings and damaged.
+        """
+        wanted = self.settings.resume_from_checkpoint
+        if wanted == "none":
+            return None
+        path = checkpoints.newest_checkpoint(self.path, _pass_over) if wanted == "latest" else Path(wanted)
+        if path is None:
+            return None
+        if not path.is_dir():
+            raise ValueError(f"resume_from_checkpoint={wanted!r}: expected 'latest', 'none' or a checkpoint folder")
+        saved = Saved(path, *checkpoints.load_checkpoint(path))
+        newest = checkpoints.list_checkpoints(self.path)[-1:]
+        if wanted != "latest" and newest and newest[0].name != f"checkpoint-{saved.state['step']}":
+            raise ValueError(f"resume_from_checkpoint={wanted!r}: {newest[0]} is there; expected another output_dir")
+        for key, value in identity.items():
+            its_value = saved.state["identity"].get(key)
+            if its_value != value:
+                raise ValueError(
+                    f"{path} has {key}={_short(its_value)}, this run has {_short(value)}; "
+                    "expected the same, or another output_dir"
+                )
+        return saved
+
+    # The finished network, where another method builds on it.
+
+    @property
+    def finished(self) -> Path:
+        return self.path / FINISHED
+
+    def keep_finished(self, network: torch.nn.Module) -> None:
+        """Saves a network as finished, whole or not at all."""
+        beside = self.path / f".{FINISHED}.writing"
+        shutil.rmtree(beside, ignore_errors=True)
+        network.save_pretrained(beside, safe_serialization=True)
+        beside.rename(self.finished)
+
+    def finished_digest(self) -> str:
+        """SHA-256 of the finished network's weights."""
+        digest = hashlib.sha256()
+        for path in sorted(self.finished.glob("*.safetensors")):
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
+
+
+def _pass_over(damaged: Path, reason: str) -> None:
+    print(f"passing over {damaged}: {reason}", flush=True)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 80 else text[:77] + "..."

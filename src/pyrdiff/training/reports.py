@@ -1,0 +1,96 @@
+"""What a person sees of a run: what is printed and logged, previews, and the training's facts on the model card."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import diffusers
+import torch
+
+import pyrdiff
+
+if TYPE_CHECKING:
+    from .loop import Launched, Run
+
+
+def versions() -> dict[str, str]:
+    """Versions of what training depends on, by package."""
+    return {"pyrdiff": pyrdiff.__version__, "diffusers": diffusers.__version__, "torch": torch.__version__}
+
+
+def opening(run: "Run") -> None:
+    """Prints the resolved settings and what is trained on, and starts the trackers."""
+    settings, images, accelerator = asdict(run.settings), run.images, run.accelerator
+    print(
+        f"{json.dumps(settings, indent=2)}\n{len(images)} images ({len(images.bad)} skipped, {images.composited} with "
+        f"transparency laid on {tuple(run.settings.background)}, {images.enlarged} enlarged), "
+        f"{parameters(run) / 1e6:.1f}M parameters, batches {run.batches.batch_sizes} in each of "
+        f"{accelerator.num_processes} processes on {accelerator.device}, mixed precision {accelerator.mixed_precision}",
+        flush=True,
+    )
+    if run.settings.report_to:
+        config = {key: v if isinstance(v, (int, float, str, bool)) else str(v) for key, v in settings.items()}
+        accelerator.init_trackers(run.method.name, config=config)
+
+
+def log_step(run: "Run", launched: "Launched", loss: float) -> None:
+    """A line of log.jsonl, and the tracker's numbers."""
+    values = {
+        "step": launched.step,
+        "resolution": "{}x{}".format(*run.settings.sizes[launched.level]),
+        "loss": loss,
+        "learning_rate": launched.rate,
+        "seconds": round(run.watch.seconds, 3),
+        "step_seconds": round(run.budget.step_seconds, 4),
+        "total_steps": run.total_steps,
+    }
+    run.folder.log(values)
+    track(run, {key: value for key, value in values.items() if isinstance(value, (int, float))})
+
+
+def preview(run: "Run") -> None:
+    """The method's picture of how far the averaged weights have come, in `samples`, and its numbers."""
+    path = run.folder.path / "samples" / f"step-{run.step:07d}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with run.learner.averaged_weights(), run.accelerator.autocast():
+        values = run.method.preview(run.settings, run.pipeline, run.images, path)
+    if values:
+        run.folder.log({"step": run.step, "validation": values})
+        print(f"step {run.step}: {', '.join(f'{name} {value:.4g}' for name, value in values.items())}", flush=True)
+        track(run, {f"validation_{name}": value for name, value in values.items()})
+
+
+def track(run: "Run", values: dict[str, float]) -> None:
+    if run.settings.report_to:
+        run.accelerator.log(values, step=run.step)
+
+
+def closing(run: "Run", target: Path) -> None:
+    print(f"saved {target} after {run.step} steps, {run.watch.seconds / 60:.1f} minutes", flush=True)
+
+
+def card_facts(run: "Run") -> dict[str, object]:
+    """What a reader of the model card wants to know of the training; no places on this machine."""
+    settings, accelerator = run.settings, run.accelerator
+    cpu = f"cpu, {torch.get_num_threads()} threads"
+    return {
+        "method": run.method.name,
+        "data set": settings.dataset_name or Path(settings.train_data_dir).name,
+        "images": len(run.images),
+        "resolutions": ", ".join("{}x{}".format(*size) for size in settings.sizes),
+        "parameters": parameters(run),
+        "steps": run.step,
+        "images a step": ", ".join(str(accelerator.num_processes * size) for size in run.batches.batch_sizes),
+        "minutes": round(run.saved_seconds / 60, 1),
+        "device": torch.cuda.get_device_name() if accelerator.device.type == "cuda" else cpu,
+        "processes": accelerator.num_processes,
+        "precision": "float32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision,
+        "seed": settings.seed,
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
+    }
+
+
+def parameters(run: "Run") -> int:
+    """How many numbers the network learns."""
+    return sum(parameter.numel() for parameter in run.learner.parameters)
