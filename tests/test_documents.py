@@ -2,11 +2,10 @@
 
 import importlib
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 from pyrdiff.cli import COMMANDS
 from pyrdiff.plugins import find, plugins
@@ -15,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_tables_are_printed_from_the_results():
-    subprocess.run([sys.executable, str(ROOT / "benchmarks" / "report.py"), "--check"], check=True)
+    warm.run(ROOT / "benchmarks" / "report.py", "--check", check=True)
     text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     shown = set(re.findall(r"<!-- table: (\S+)(?: \S+)? -->", text))  # some in several tables
     assert sorted(shown) == sorted(path.name for path in (ROOT / "benchmarks" / "results").glob("*.json"))

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import warm
 
 ROOT = Path(__file__).parents[1]
 LEFT_OUT = (".git", ".venv", "runs", "build", "dist", "demo", "*.egg-info", "__pycache__", ".*_cache", ".hypothesis")
@@ -66,4 +67,4 @@ def test_the_unpacked_wheel_samples_the_model_that_comes_with_it(wheel, tmp_path
     code += "images = pyrdiff.load('noto-emoji')(2, num_inference_steps=4, refine_steps=2).images\n"
     code += "assert [image.size for image in images] == [(64, 64)] * 2"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, env=environment, timeout=300, cwd=tmp_path)
+    warm.run(code, tmp_path, without=[], check=True, env=environment, cwd=tmp_path)

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -26,6 +27,7 @@ from PIL import Image
 import pyrdiff
 from pyrdiff import CoordinateUNet2DModel
 
+SOURCE = Path(pyrdiff.__file__).parents[1]
 EXAMPLE = Path(__file__).parents[1] / "examples" / "plugin"
 TRAIN = (
     "train lanczos-pyramid --train_data_dir glyphs --image_channels 1 --resolution 8 16 --preset tiny "
@@ -50,9 +52,7 @@ assert torch.equal(sample(pipeline), sample(again))
 torch.save(sample(pipeline), sys.argv[2])
 """
 WITH_NEITHER = f"""{SAMPLE}
-import sys
-sys.modules["pyrdiff"] = sys.modules["pyrdiff_lanczos"] = None  # as where they are not installed
-import torch
+import sys, torch
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
 assert pipeline.config.lanczos_lobes == 4
@@ -62,11 +62,10 @@ pipeline.save_pretrained(sys.argv[3])
 PYRDIFF = "from pyrdiff.cli import main; main()"
 
 
-def python(code: str, *args, plugins=(), fails=False) -> subprocess.CompletedProcess:
-    """Runs code in a new process that has the folders `plugins` on its path."""
+def python(code: str, *args, plugins=(), fails=False, without=()) -> subprocess.CompletedProcess:
+    """Runs code in a process of its own that has the folders `plugins` on its path."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, plugins)), "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, "-c", code, *map(str, args)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    done = warm.run(code, *args, env=environment, without=without)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done
 
@@ -284,7 +283,9 @@ def test_it_is_listed_and_a_broken_one_beside_it_harms_none(installed, broken):
 
 def test_listing_its_flags_does_not_import_torch(installed):
     code = "import sys; from pyrdiff.plugins import find; assert find('lanczos-pyramid').settings; "
-    python(code + "assert 'torch' not in sys.modules", plugins=[installed])
+    command = [sys.executable, "-c", code + "assert 'torch' not in sys.modules"]  # a real interpreter: see warm.py
+    folders = os.pathsep.join([str(SOURCE), str(installed)])
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": folders})
 
 
 def test_training_writes_settings_samples_and_a_folder_that_stands_alone(trained):
@@ -302,7 +303,8 @@ def test_training_writes_settings_samples_and_a_folder_that_stands_alone(trained
 def test_loading_and_sampling_run_no_code_of_the_folder_and_give_the_pixels_of_a_process_without_both(
     trained, installed, broken, tmp_path
 ):
-    python(WITH_NEITHER, trained / "pipeline", tmp_path / "without.pt", tmp_path / "again")
+    neither = ["pyrdiff", "pyrdiff_lanczos"]
+    python(WITH_NEITHER, trained / "pipeline", tmp_path / "without.pt", tmp_path / "again", without=neither)
     for path in (tmp_path / "again").rglob("*.json"):
         assert str(trained.parent) not in path.read_text()
     folder = tmp_path / "again"  # what that process saved

@@ -57,7 +57,7 @@ def test_forks_leave_nothing_to_each_other(tmp_path):
 
 
 def test_without_a_package():
-    done = warm.run("import diffusers, sys; print([name for name in sys.modules if 'pyrdiff' in name])", without=["x"])
+    done = warm.run("import diffusers, sys; print([name for name in sys.modules if 'pyrdiff' in name])", without=[])
     assert done.stdout == "[]\n"
     assert "ModuleNotFoundError" in warm.run("import pyrdiff.hub", without=["pyrdiff"]).stderr
     assert warm.run("import pyrdiff.hub").returncode == 0

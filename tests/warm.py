@@ -92,7 +92,7 @@ class Process:
 def start(
     code: str | Path,
     *arguments,
-    without: Iterable[str] = (),
+    without: Iterable[str] | None = None,
     env: Mapping[str, str] | None = None,
     cwd: str | Path | None = None,
     stdin=subprocess.DEVNULL,
@@ -104,23 +104,24 @@ def start(
     Args:
         code: Python text as after `python -c`, or the path of a script.
         arguments: what is in `sys.argv` after it; anything that `str` takes.
-        without: packages that cannot be imported, as where they are not installed.
+        without: packages that cannot be imported, as where they are not installed. If it is given, even empty, pyrdiff
+            has not been imported yet.
         env: the whole environment; by default that of this process.
         cwd: the folder to work in.
         stdin, stdout, stderr: open files, file descriptors or `subprocess.DEVNULL`.
     """
-    without = list(without)
+    kind = "pyrdiff" if without is None else "stock"
     script = str(code.resolve()) if isinstance(code, Path) else None
     request = {
         "code": None if script else code,
         "argv": [script or "-c", *map(str, arguments)],
-        "without": without,
+        "without": list(without or ()),
         "env": dict(os.environ if env is None else env),
         "cwd": os.path.abspath(cwd or os.curdir),
     }
     connection = socket.socket(socket.AF_UNIX)
     try:
-        connection.connect(str(serve() / ("stock" if without else "pyrdiff")))
+        connection.connect(str(serve() / kind))
     except ConnectionRefusedError:
         raise RuntimeError(f"the parent of the test processes has ended: {_said()}") from None
     with open(os.devnull, "r+b") as nothing:
