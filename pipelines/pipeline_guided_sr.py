@@ -1,13 +1,9 @@
 """Super-resolution with an unconditional pyramid network, guided by the input (paper P, algorithm 2)."""
 
 import inspect
-import json
 import math
-import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -17,7 +13,8 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import create_repo
+
+from pyrdiff.parts.saving import StandaloneSaving
 
 logger = logging.get_logger(__name__)
 
@@ -354,7 +351,7 @@ class WindowedNetwork:
         logger.warning(f"out of memory: the network goes on with windows of {side}x{side}")
 
 
-class GuidedSRPipeline(DiffusionPipeline):
+class GuidedSRPipeline(StandaloneSaving, DiffusionPipeline):
     r"""
     Enlarges images, or restores them, with an unconditional network: the input is enlarged and renoised to a part of
     the noise process, and every step of the way back is guided towards images that the operator would turn into the
@@ -936,53 +933,3 @@ class GuidedSRPipeline(DiffusionPipeline):
             return images
         images = images.cpu().permute(0, 2, 3, 1).numpy()
         return self.numpy_to_pil(images) if output_type == "pil" else images
-
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
-        """
-        Saves a folder that `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` loads wherever diffusers
-        is installed: stock `save_pretrained`, then the source files of this class and of the components that are not
-        part of diffusers, and an index that names them. The arguments are those of `DiffusionPipeline`.
-        """
-        names = ("repo_id", "commit_message", "private", "token", "create_pr")
-        hub_arguments = {name: kwargs.pop(name) for name in names if name in kwargs}
-        super().save_pretrained(save_directory, **kwargs)
-        folder = Path(save_directory)
-        index = json.loads((folder / self.config_name).read_text(encoding="utf-8"))
-        for name, part in {"": self, **self.components}.items():
-            part_class = type(self._plain(part)) if isinstance(part, torch.nn.Module) else type(part)
-            if part is not None and part_class.__module__.split(".")[0] not in ("diffusers", "transformers"):
-                source = Path(inspect.getfile(part_class))
-                shutil.copyfile(source, folder / name / source.name)
-                index[name or "_class_name"] = [source.stem, part_class.__name__]
-        (folder / self.config_name).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        for path in [folder / self.config_name, *folder.glob("*/*config.json")]:  # no trace of where it was loaded from
-            config = json.loads(path.read_text(encoding="utf-8"))
-            config = {key: value for key, value in config.items() if key not in ("_name_or_path", "_module")}
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if push_to_hub:
-            private, token = hub_arguments.pop("private", None), hub_arguments.get("token")
-            repo_id = hub_arguments.pop("repo_id", folder.name)
-            repo_id = create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
-            self._upload_folder(folder, repo_id, **hub_arguments)
-
-    @classmethod
-    def load_config(cls, *args, **kwargs):
-        """
-        As stock, but an index that names source files of the folder (see `save_pretrained`) is read as naming the
-        modules of the same names that are imported beside this class: `from_pretrained` of this class runs no code from
-        the folder and needs no trust flag. Of a folder of another pipeline, only what this one takes is read.
-        """
-        config = super().load_config(*args, **kwargs)
-        index = config[0] if isinstance(config, tuple) else config
-        package, class_name = cls.__module__.split(".")[0], index.get("_class_name")
-        if class_name not in (cls.__name__, [Path(inspect.getfile(cls)).stem, cls.__name__]):
-            takes = inspect.signature(cls.__init__).parameters
-            for name in [name for name in index if name not in takes and not name.startswith("_")]:
-                del index[name]
-        for name, value in index.items():
-            if not (isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[0], str)):
-                continue
-            for module in list(sys.modules):
-                if module.split(".")[0] == package and module.split(".")[-1] == value[0]:
-                    index[name] = value[1] if name == "_class_name" else [module, value[1]]
-        return config

@@ -15,6 +15,8 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from pyrdiff.parts.sources import KeepsSource
+
 
 @dataclass
 class CosineResidualSchedulerOutput(BaseOutput):
@@ -28,7 +30,7 @@ class CosineResidualSchedulerOutput(BaseOutput):
     pred_original_sample: torch.Tensor | None = None
 
 
-class CosineResidualScheduler(SchedulerMixin, ConfigMixin):
+class CosineResidualScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
     """
     Diffusion of what a low-resolution image lacks (paper S; gamma_t there is `alphas_cumprod[t]` here, and its step t
     is timestep t - 1). Where the settings coincide, steps are those of diffusers' `DDPMScheduler` and `DDIMScheduler`,

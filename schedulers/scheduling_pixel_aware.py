@@ -11,6 +11,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 
+from pyrdiff.parts.sources import KeepsSource
+
 logger = logging.get_logger(__name__)
 
 
@@ -26,7 +28,7 @@ class PixelAwareSchedulerOutput(BaseOutput):
     pred_original_sample: torch.Tensor | None = None
 
 
-class PixelAwareScheduler(SchedulerMixin, ConfigMixin):
+class PixelAwareScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
     r"""
     Diffusion whose rate differs from pixel to pixel (paper X). Images are in [epsilon, 1] (see `to_range`). Timesteps
     are the paper's: i = 0 is the clean image, i = T noise; between whole ones numbers are allowed.

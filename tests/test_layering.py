@@ -10,8 +10,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PLUGINS = sorted([*ROOT.glob("pipelines/*.py"), *ROOT.glob("schedulers/*.py"), *ROOT.glob("src/pyrdiff/models/*.py")])
 PLUGINS = [path for path in PLUGINS if path.name != "__init__.py"]
-# Room: packages of pyrdiff that it may import.
+PARTS = sorted(path for path in ROOT.glob("src/pyrdiff/parts/*.py") if path.name != "__init__.py")
+# Room: packages of pyrdiff that it may import, beside `parts`, which all may.
 ROOMS = {
+    "parts": set(),
     "data": {"data"},
     "metrics": {"metrics", "data"},
     "plan": {"plan", "data", "machine"},
@@ -37,12 +39,12 @@ def imports(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", PLUGINS, ids=lambda path: path.name)
-def test_plugin_files_stand_alone(path):
-    allowed = (
-        set(sys.stdlib_module_names) | {"torch", "diffusers"} | {"numpy", "PIL", "huggingface_hub"}
-    )  # diffusers' own needs
-    assert {name.split(".")[0] for name in imports(path)} <= allowed
+@pytest.mark.parametrize("path", [*PLUGINS, *PARTS], ids=lambda path: path.name)
+def test_plugin_files_import_parts_and_what_diffusers_needs(path):
+    allowed = {*sys.stdlib_module_names, "torch", "diffusers", "numpy", "PIL", "huggingface_hub", "pyrdiff"}
+    names = imports(path)
+    assert {name.split(".")[0] for name in names} <= allowed
+    assert all(name.startswith("pyrdiff.parts.") for name in names if name.split(".")[0] == "pyrdiff")
     lines = path.read_text(encoding="utf-8").splitlines()
     assert not [line for line in lines if line.strip().startswith(("from .", "import ."))]
 
@@ -57,7 +59,7 @@ def test_rooms(room):
     place = ROOT / "src" / "pyrdiff" / room
     for path in [place] if place.is_file() else place.rglob("*.py"):
         packages = {name.split(".")[1] for name in imports(path) if name.startswith("pyrdiff.")}
-        assert packages <= ROOMS[room], path
+        assert packages <= {"parts", *ROOMS[room]}, path
 
 
 def test_the_loop_knows_no_method_by_name():

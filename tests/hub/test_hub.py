@@ -179,7 +179,7 @@ def test_publishing_sends_the_whole_export_as_asked(pipeline, tmp_path, monkeypa
         files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
         sent.update(files=files, repo_id=repo_id, **arguments)
 
-    monkeypatch.setattr("pyrdiff.pipelines.pipeline_pyramidal.create_repo", create)
+    monkeypatch.setattr("pyrdiff.parts.saving.create_repo", create)
     monkeypatch.setattr(PyramidalPipeline, "_upload_folder", upload)
     pipeline.save_pretrained(tmp_path, push_to_hub=True, repo_id="me/faces", create_pr=True, variant="fp16")
     assert sent["repo_id"] == "me/faces" and sent["create_pr"] is True

@@ -2,9 +2,11 @@
 low-resolution images made of high-resolution ones. Also image files that are read to be worked on and written back with
 what they carry."""
 
+from pyrdiff.parts.files import replacing
+
 from .batches import Batch, MultiScaleBatches
 from .degradations import degrade, shrink
-from .files import Picture, check_saving, open_picture, replacing, save_picture
+from .files import Picture, check_saving, open_picture, save_picture
 from .glyphs import draw_glyphs
 from .images import BadImageError, decode_image, fit_image, list_images
 from .levels import ImageLevels

@@ -2,11 +2,9 @@
 
 import glob
 import hashlib
-import inspect
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +17,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 
 from pyrdiff import plugins
+from pyrdiff.parts.sources import source_of, standalone_text
 
 from .folders import BUNDLED, bundled
 from .loading import (
@@ -139,7 +138,7 @@ def check(
     # What belongs to it; anything else does not.
     own = {"": pipeline_class} | {name: part.cls for name, part in parts.items() if part is not None}
     own = {name: each for name, each in own.items() if each.__module__.split(".")[0] != "diffusers"}
-    code = {(Path(name) / Path(inspect.getfile(each)).name).as_posix(): each for name, each in own.items()}
+    code = {(Path(name) / f"{source_of(each).stem}.py").as_posix(): each for name, each in own.items()}
     if update_code:
         _write_code(folder, code, index)
         _list(folder, found)
@@ -158,11 +157,10 @@ def check(
             found.problems.append(f"{name}: {min(bad)} has values that are not finite")
     same = True
     for path, each in code.items():
-        installed = Path(inspect.getfile(each))
         if path not in found.files:
             same = False
             found.problems.append(f"{path}: is missing, so that diffusers alone cannot load the folder")
-        elif (folder / path).read_bytes() != installed.read_bytes():
+        elif (folder / path).read_bytes() != standalone_text(each).encode():
             same = False
             found.problems.append(f"{path}: is not the code of the installed {each.__name__} (update_code mends that)")
     for name, wanted in _index_of(code).items():
@@ -189,7 +187,7 @@ def check(
 def _index_of(code: dict[str, type]) -> dict[str, list[str]]:
     """What the index says of classes whose code, {path: class}, is in the folder."""
     entries = {path.rpartition("/")[0] or "_class_name": each for path, each in code.items()}
-    return {name: [Path(inspect.getfile(each)).stem, each.__name__] for name, each in entries.items()}
+    return {name: [source_of(each).stem, each.__name__] for name, each in entries.items()}
 
 
 def _write_code(folder: Path, code: dict[str, type], index: dict) -> None:
@@ -197,7 +195,7 @@ def _write_code(folder: Path, code: dict[str, type], index: dict) -> None:
     for path, each in code.items():
         for old in (folder / path).parent.glob("*.py"):
             old.unlink()
-        shutil.copyfile(inspect.getfile(each), folder / path)
+        (folder / path).write_text(standalone_text(each), encoding="utf-8", newline="\n")
     index.update(_index_of(code))
     beside = folder / f".{INDEX}.{os.getpid()}"
     beside.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -225,10 +223,9 @@ def _list(folder: Path, found: Check, listed: dict[str, int | None] | None = Non
     """Files of the folder, or `listed`; links that lead out of it, and pickles, are problems."""
     found.problems.clear()
     found.files = {name: size or 0 for name, size in (listed or {}).items()}
-    ours = folder.is_relative_to(BUNDLED)  # in the source tree it has links to the plugin files
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if not (ours or within(path, folder)):
+        if not within(path, folder):
             found.problems.append(f"{name}: a link that leads out of the folder")
         elif path.is_file():
             found.files[name] = path.stat().st_size

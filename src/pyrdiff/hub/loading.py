@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from safetensors import SafetensorError, safe_open
 
 from pyrdiff import plugins
+from pyrdiff.parts.sources import auto_map
 
 from .folders import BUNDLED, bundled
 
@@ -325,7 +326,10 @@ def check_keys(path: Path, config: dict, owner: type) -> None:
     """A misspelt key would be ignored by diffusers. A scheduler's config may carry settings of compatible ones."""
     owners = [owner, *(owner._get_compatibles() if hasattr(owner, "_get_compatibles") else [])]
     known = {name for each in owners for name in inspect.signature(each.__init__).parameters} - {"self", "kwargs"}
+    known |= set(getattr(owner, "RETIRED", ()))
     for key, value in config.items():
+        if key == "auto_map" and issubclass(owner, ModelMixin) and value == auto_map(owner):
+            continue
         if not key.startswith("_") and key not in known:
             raise ValueError(f"{path}: unknown key {_shown(key)} for {owner.__name__}")
         for number in _numbers(value):

@@ -16,6 +16,8 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
+from pyrdiff.parts.sources import KeepsSource
+
 PRESETS = {
     # Paper X, appendix C and section 5: 30.3 million parameters.
     "paper-cifar10": dict(
@@ -104,7 +106,7 @@ class Level(nn.Module):
         return hidden
 
 
-class ScaleAutoencoder(ModelMixin, ConfigMixin):
+class ScaleAutoencoder(KeepsSource, ModelMixin, ConfigMixin):
     r"""
     Convolutional VAE of an image's structure s0, the brightness per pixel that sets the rates of its noise (paper X).
 

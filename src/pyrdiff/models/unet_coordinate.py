@@ -5,6 +5,8 @@ from diffusers import ModelMixin, UNet2DModel  # noqa: F401  (ModelMixin: diffus
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
+from pyrdiff.parts.sources import KeepsSource
+
 PRESETS = {
     # Paper P, section 4: improved-diffusion at 256x256 with 64 channels and 1 residual block, attention at 16 and 8.
     "paper": dict(
@@ -47,7 +49,7 @@ PRESETS = {
 }
 
 
-class CoordinateUNet2DModel(UNet2DModel):
+class CoordinateUNet2DModel(KeepsSource, UNet2DModel):
     r"""
     `UNet2DModel` that also sees where every pixel lies in the whole image (paper P, eq. 7 and 8).
 

@@ -15,6 +15,8 @@ from diffusers.utils import BaseOutput
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from pyrdiff.parts.sources import KeepsSource
+
 PRESETS = {
     # Appendix C for 32x32: 41.2M (section 4), of which 200 sub-networks of 18.8k. The paper says 512 and the number of
     # levels' blocks, not the other widths: these are chosen to give its count. One head of attention, as in DDPM.
@@ -230,7 +232,7 @@ class LiteralHead(nn.Module):
         return output.unflatten(1, (len(rows), self.channels)).transpose(0, 1)
 
 
-class ParallelTrajectoryUNet2DModel(ModelMixin, ConfigMixin):
+class ParallelTrajectoryUNet2DModel(KeepsSource, ModelMixin, ConfigMixin):
     r"""
     UNet that sees a noisy image, the image's structure and the time, and predicts in one pass the clean image and the
     noises Z^j of the steps before it (paper X: R_phi, section 3.3 and appendix C).

@@ -9,6 +9,8 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
+from pyrdiff.parts.sources import KeepsSource
+
 PRESETS = {
     # Paper S, fig. 2, and its base, SR3 at 16 -> 128: 6 -> 64 ... 512 channels down to 8x8.
     "paper": dict(block_out_channels=(64, 128, 256, 512, 512), layers_per_block=2, dropout=0.2),
@@ -62,7 +64,7 @@ class LowResInjection(nn.Module):
         return [project(low_res) for project in self.project]
 
 
-class ResidualSRUNet2DModel(UNet2DModel):
+class ResidualSRUNet2DModel(KeepsSource, UNet2DModel):
     r"""
     `UNet2DModel` that predicts the noise of a residual or an image, given the low-resolution image (paper S).
 

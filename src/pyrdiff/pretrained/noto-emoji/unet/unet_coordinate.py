@@ -1,1 +1,383 @@
-../../../models/unet_coordinate.py
+# SPDX-License-Identifier: Apache-2.0
+# Written by pyrdiff; stands alone.
+"""Coordinate-conditioned UNet of Pyramidal DDPM (paper P, fig. 2): one network for every resolution."""
+
+import importlib
+import re
+import sys
+import torch
+from diffusers import ModelMixin, UNet2DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from pathlib import Path
+from typing import NamedTuple
+
+
+# pyrdiff.parts.sources: The code of a class, kept from the moment that the class is made.
+
+STANDS_ALONE = "# Written by pyrdiff; stands alone."  # in the first two lines of a file that was joined
+OWN_IMPORT = re.compile(r"^from\s+([\w.]+)\s+import", re.MULTILINE)
+# By these patterns diffusers looks for files that it would have to bring along, in strings and comments too.
+RELATIVE_IMPORT = re.compile(r"^\s*(import\s+\.\S+\s*$|from\s+\.\S+\s+import)", re.MULTILINE)
+MODULES: dict[tuple[str, str, str], str] = {}  # (package, stem, class): the module that defines the class
+
+
+class SourceFile(NamedTuple):
+    """A file, and its text as it was when it was read."""
+
+    path: str
+    text: str
+
+
+class Source(NamedTuple):
+    """The module of a class; {module: file} of it and of those of its own package, or pyrdiff's, that it imports."""
+
+    module: str
+    files: dict[str, SourceFile]
+
+    @property
+    def stem(self) -> str:
+        return self.module.rpartition(".")[2]
+
+
+class KeepsSource:
+    """
+    Put in front of `ModelMixin` or `SchedulerMixin`, so that a saved folder carries the code of the class as it was
+    when the class was made. Later the file may be another: diffusers writes the code of every folder that it loads to
+    the same place, and a package may be updated while a training runs.
+
+    Set `RETIRED` to names of settings that earlier versions saved and this one no longer takes: they are passed over.
+    """
+
+    RETIRED: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        keep_source(cls)
+        package, stem = cls.__module__.split(".")[0], cls.__module__.rpartition(".")[2]
+        MODULES[package, stem, cls.__name__] = cls.__module__
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """As stock; `auto_map` in a saved config is for diffusers' `AutoModel` and says nothing to the class."""
+        passed_over = ("auto_map", *cls.RETIRED)
+        config_dict = {name: value for name, value in config_dict.items() if name not in passed_over}
+        return super().extract_init_dict(config_dict, **kwargs)
+
+
+def keep_source(cls: type) -> None:
+    """Keeps the code of a class with it, if that was not done before and there is a file."""
+    if "_kept_source" not in vars(cls):
+        cls._kept_source = _read_source(cls.__module__)
+
+
+def _read_source(module: str) -> Source | None:
+    files, waiting = {}, [module]
+    own_packages = {module.split(".")[0], "pyrdiff"}
+    while waiting:
+        name = waiting.pop()
+        path = getattr(sys.modules.get(name), "__file__", None)
+        if name in files or path is None or not path.endswith(".py") or not Path(path).is_file():
+            continue
+        text = Path(path).read_text(encoding="utf-8")
+        files[name] = SourceFile(path, text)
+        if STANDS_ALONE not in text.split("\n")[:2]:
+            waiting += [found for found in OWN_IMPORT.findall(text) if found.split(".")[0] in own_packages]
+    return Source(module, files) if module in files else None
+
+
+def source_of(cls: type) -> Source:
+    """
+    The kept code of a class.
+
+    Raises:
+        ValueError: if the class is of a script or of an interactive session. A folder would carry the whole script,
+            with whatever else is in it.
+    """
+    keep_source(cls)
+    if cls.__module__ == "__main__" or cls._kept_source is None:
+        raise ValueError(
+            f"{cls.__name__} is defined in {cls.__module__}, expected a class of a module with a file of its own: "
+            "a saved folder carries that file"
+        )
+    return cls._kept_source
+
+
+def standalone_text(cls: type) -> str:
+    """
+    The text of a file that has the class and all that it needs of its own package and of pyrdiff.
+
+    Raises:
+        ValueError: if there is no such file, or it cannot be joined with what it imports.
+    """
+    source = source_of(cls)
+    path, text = source.files[source.module]
+    if len(source.files) > 1:
+        # Not an import statement: the exporter would follow it, and the joined files, which never come here, are used
+        # where pyrdiff is not installed. A class comes here only if it imports modules of pyrdiff or of its package.
+        text = importlib.import_module("pyrdiff.hub.standalone").join(source)
+    relative = RELATIVE_IMPORT.search(text)
+    if relative:
+        raise ValueError(f"{path}: {relative[0].strip()!r}: expected no line that looks like a relative import")
+    return text
+
+
+def auto_map(cls: type) -> dict[str, str]:
+    """What diffusers' `AutoModel` reads in a network's config to find its class in the folder."""
+    return {"AutoModel": f"{source_of(cls).stem}.{cls.__name__}"}
+
+
+# pyrdiff.models.unet_coordinate
+
+PRESETS = {
+    # Paper P, section 4: improved-diffusion at 256x256 with 64 channels and 1 residual block, attention at 16 and 8.
+    "paper": dict(
+        resolutions=(64, 128, 256),
+        block_out_channels=(64, 64, 128, 128, 256, 256),
+        down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D",) * 2,
+        up_block_types=("AttnUpBlock2D",) * 2 + ("UpBlock2D",) * 4,
+        layers_per_block=1,
+        attention_head_dim=64,
+    ),
+    # 16/32/64 colour images in minutes on a GPU.
+    "small": dict(
+        resolutions=(16, 32, 64),
+        block_out_channels=(64, 128, 192, 256),
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=32,
+    ),
+    # 16/32/64 colour images in an hour on a CPU.
+    "mini": dict(
+        resolutions=(16, 32, 64),
+        block_out_channels=(32, 64, 96, 128),
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=32,
+    ),
+    # 8/16/32 images in minutes on two CPU cores.
+    "tiny": dict(
+        resolutions=(8, 16, 32),
+        block_out_channels=(32, 64, 96),
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=32,
+    ),
+}
+
+
+class CoordinateUNet2DModel(KeepsSource, UNet2DModel):
+    r"""
+    `UNet2DModel` that also sees where every pixel lies in the whole image (paper P, eq. 7 and 8).
+
+    The row and column of each pixel, in [0, 1] with half-pixel centres, are encoded by sines and cosines and
+    concatenated to the noisy image: 4 x `num_frequencies` channels beside `image_channels`.
+
+    Parameters:
+        image_channels (`int`, defaults to 3): Channels of the image. The network's first layer has more.
+        num_frequencies (`int`, defaults to 6): L of eq. 7; the paper uses 6, so 24 channels.
+        use_coordinates (`bool`, defaults to `True`): `False` is the paper's ablation (fig. 6): no coordinates at all.
+        resolutions (sequence of `int` or `(int, int)`, *optional*): The sizes, low to high, that the network is
+            trained at: an int for a square image or (height, width). Pipelines take their default levels from here.
+        in_channels (`int`, *optional*): Always `image_channels`; in the config so that pipelines of diffusers draw
+            noise of the right shape.
+        out_channels (`int`, *optional*): Defaults to `image_channels`.
+
+    All other parameters are those of `UNet2DModel`. Height and width of a sample must be multiples of
+    2 ** (len(block_out_channels) - 1).
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        image_channels: int = 3,
+        num_frequencies: int = 6,
+        use_coordinates: bool = True,
+        resolutions: tuple | None = None,
+        sample_size: int | tuple[int, int] | None = None,
+        in_channels: int | None = None,
+        out_channels: int | None = None,
+        center_input_sample: bool = False,
+        time_embedding_type: str = "positional",
+        time_embedding_dim: int | None = None,
+        freq_shift: int = 0,
+        flip_sin_to_cos: bool = True,
+        down_block_types: tuple[str, ...] = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        mid_block_type: str | None = "UNetMidBlock2D",
+        up_block_types: tuple[str, ...] = ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        block_out_channels: tuple[int, ...] = (224, 448, 672, 896),
+        layers_per_block: int = 2,
+        mid_block_scale_factor: float = 1,
+        downsample_padding: int = 1,
+        downsample_type: str = "conv",
+        upsample_type: str = "conv",
+        dropout: float = 0.0,
+        act_fn: str = "silu",
+        attention_head_dim: int | None = 8,
+        norm_num_groups: int = 32,
+        attn_norm_num_groups: int | None = None,
+        norm_eps: float = 1e-5,
+        resnet_time_scale_shift: str = "default",
+        add_attention: bool = True,
+        class_embed_type: str | None = None,
+        num_class_embeds: int | None = None,
+        num_train_timesteps: int | None = None,
+    ):
+        if image_channels < 1:
+            raise ValueError(f"image_channels={image_channels}: expected 1 or more")
+        if num_frequencies < 1:
+            raise ValueError(f"num_frequencies={num_frequencies}: expected 1 or more (use_coordinates=False for none)")
+        if in_channels not in (None, image_channels):
+            raise ValueError(f"in_channels={in_channels}: expected image_channels={image_channels} or None")
+        if center_input_sample:
+            raise ValueError("center_input_sample=True: expected False; samples are already in [-1, 1]")
+        out_channels = image_channels if out_channels is None else out_channels
+        if resolutions is not None:
+            resolutions = [tuple(size) if isinstance(size, (list, tuple)) else int(size) for size in resolutions]
+            sample_size = resolutions[-1] if sample_size is None else sample_size
+        super().__init__(
+            sample_size=sample_size,
+            in_channels=image_channels + (4 * num_frequencies if use_coordinates else 0),
+            out_channels=out_channels,
+            time_embedding_type=time_embedding_type,
+            time_embedding_dim=time_embedding_dim,
+            freq_shift=freq_shift,
+            flip_sin_to_cos=flip_sin_to_cos,
+            down_block_types=down_block_types,
+            mid_block_type=mid_block_type,
+            up_block_types=up_block_types,
+            block_out_channels=block_out_channels,
+            layers_per_block=layers_per_block,
+            mid_block_scale_factor=mid_block_scale_factor,
+            downsample_padding=downsample_padding,
+            downsample_type=downsample_type,
+            upsample_type=upsample_type,
+            dropout=dropout,
+            act_fn=act_fn,
+            attention_head_dim=attention_head_dim,
+            norm_num_groups=norm_num_groups,
+            attn_norm_num_groups=attn_norm_num_groups,
+            norm_eps=norm_eps,
+            resnet_time_scale_shift=resnet_time_scale_shift,
+            add_attention=add_attention,
+            class_embed_type=class_embed_type,
+            num_class_embeds=num_class_embeds,
+            num_train_timesteps=num_train_timesteps,
+        )
+        # The parent registered its own view of these (27 input channels); users and stock pipelines mean the image's.
+        self.register_to_config(
+            in_channels=image_channels, out_channels=out_channels, resolutions=resolutions, sample_size=sample_size
+        )
+        self._encodings: dict[tuple, torch.Tensor] = {}  # of whole images, by size, device and type
+        self._last_window: tuple | None = None  # the last coordinates that were given, and their encoding
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "CoordinateUNet2DModel":
+        """A network by name, e.g. `from_preset("small", image_channels=1)`. Raises `ValueError` for an unknown name."""
+        if name not in PRESETS:
+            raise ValueError(f"name={name!r}: expected one of {sorted(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @staticmethod
+    def coordinate_grid(height: int, width: int, box=(0.0, 0.0, 1.0, 1.0), device=None) -> torch.Tensor:
+        """
+        Row and column of every pixel centre of a window, as fractions of the whole image.
+
+        Args:
+            height, width: Size of the window in pixels.
+            box: (top, left, bottom, right) of the window in the whole image, each in [0, 1]; or a tensor [B, 4].
+
+        Returns:
+            float32 [2, height, width] (row, column); [B, 2, height, width] for a tensor of boxes. Pixel k of N lies at
+            (k + 0.5) / N of its window, so a crop of a grid is the grid of the crop, and halving it by 2x2 means too.
+
+        Example:
+            >>> CoordinateUNet2DModel.coordinate_grid(1, 4)[1].tolist()  # the columns of one row
+            [[0.125, 0.375, 0.625, 0.875]]
+            >>> CoordinateUNet2DModel.coordinate_grid(1, 2, box=(0, 0.5, 1, 1))[1].tolist()  # its right half
+            [[0.625, 0.875]]
+        """
+        exact = torch.float32 if torch.device(device or "cpu").type == "mps" else torch.float64
+        box = torch.as_tensor(box, dtype=exact, device=device)
+        top, left, bottom, right = (edge[..., None] for edge in box.unbind(-1))
+        rows = top + (bottom - top) * (torch.arange(height, dtype=exact, device=device) + 0.5) / height
+        columns = left + (right - left) * (torch.arange(width, dtype=exact, device=device) + 0.5) / width
+        shape = (*box.shape[:-1], height, width)
+        return torch.stack((rows[..., :, None].expand(shape), columns[..., None, :].expand(shape)), dim=-3).float()
+
+    def encode_coordinates(self, coordinates: torch.Tensor) -> torch.Tensor:
+        """
+        Sinusoidal encoding of coordinates, eq. 7 (no factor pi, as printed).
+
+        Args:
+            coordinates: [B, 2, H, W] in [0, 1], row and column.
+
+        Returns:
+            [B, 4L, H, W] in [-1, 1]: for the row, then the column: sin(2^0 x), cos(2^0 x), ... cos(2^(L-1) x).
+        """
+        frequencies = 2.0 ** torch.arange(self.config.num_frequencies, device=coordinates.device)
+        angles = coordinates.float()[:, :, None] * frequencies[:, None, None]
+        return torch.stack((angles.sin(), angles.cos()), dim=3).flatten(1, 3)
+
+    def _encoding(self, sample: torch.Tensor, coordinates: torch.Tensor | None) -> torch.Tensor:
+        """The encoded grid for `sample`, [1 or B, 4L, H, W]; kept, so that a step of a loop pays nothing for it."""
+        height, width = sample.shape[-2:]
+        compiling = torch.compiler.is_compiling()
+        if coordinates is None:
+            key = (height, width, sample.device, sample.dtype)
+            encoding = None if compiling else self._encodings.get(key)
+            if encoding is None:
+                device = sample.device if compiling else None  # made on the CPU, a GPU need not wait for the box
+                grid = self.coordinate_grid(height, width, device=device)[None]
+                encoding = self.encode_coordinates(grid).to(sample.device, sample.dtype)
+                if not compiling:
+                    if len(self._encodings) >= 16:
+                        self._encodings.clear()
+                    self._encodings[key] = encoding
+            return encoding
+
+        if coordinates.shape[1:] != (2, height, width) or coordinates.shape[0] not in (1, sample.shape[0]):
+            raise ValueError(
+                f"coordinates of shape {tuple(coordinates.shape)}: expected {(sample.shape[0], 2, height, width)}"
+            )
+        version = None if compiling or coordinates.is_inference() else coordinates._version
+        if not compiling and self._last_window is not None:
+            last, last_version, encoding = self._last_window
+            same = last is coordinates and last_version == version
+            if same and encoding.device == sample.device and encoding.dtype == sample.dtype:
+                return encoding
+        shared = coordinates.shape[0] > 1 and coordinates.stride(0) == 0
+        grid = (coordinates[:1] if shared else coordinates).to(sample.device)
+        encoding = self.encode_coordinates(grid).to(sample.dtype)
+        if not compiling:
+            self._last_window = (coordinates, version, encoding)
+        return encoding
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor | float | int,
+        coordinates: torch.Tensor | None = None,
+        class_labels: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> UNet2DOutput | tuple:
+        """
+        Args:
+            sample: [B, C, H, W], the noisy image; images are in [-1, 1].
+            timestep: A number or [B], 0 to num_train_timesteps - 1.
+            coordinates: [B, 2, H, W] in [0, 1], see `coordinate_grid`; by default `sample` is the whole image.
+            class_labels: [B], if the network has a class embedding.
+            return_dict: Whether to return a `UNet2DOutput` or a tuple.
+
+        Returns:
+            The prediction, [B, out_channels, H, W].
+        """
+        if self.config.use_coordinates:
+            encoding = self._encoding(sample, coordinates)
+            sample = torch.cat((sample, encoding.expand(sample.shape[0], -1, -1, -1)), dim=1)
+        return super().forward(sample, timestep, class_labels=class_labels, return_dict=return_dict)
