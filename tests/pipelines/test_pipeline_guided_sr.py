@@ -600,9 +600,20 @@ def test_it_exports_and_loads_without_pyrdiff(tmp_path):
 
 
 def test_a_plain_unet_works():
-    torch.manual_seed(0)
+    """It answers as a network does whose weights for the coordinates are zero."""
+    blind = network(resolutions=(16,))
+    blind.conv_in.weight.data[:, 1:] = 0
     plain = UNet2DModel(in_channels=1, out_channels=1, sample_size=16, **TINY).eval()
-    assert quiet(plain)(pictures(1, 1, 8, 8), 2, generator=generators(1), output_type="pt").images.shape[-1] == 16
+    plain.load_state_dict({**blind.state_dict(), "conv_in.weight": blind.conv_in.weight[:, :1]})
+    images = [
+        quiet(unet)(pictures(1, 1, 8, 8), 2, refine_steps=3, tile=tile, generator=generators(1), output_type="latent")
+        for tile in (None, 8)
+        for unet in (plain, blind)
+    ]
+    assert images[0].images.shape == (1, 1, 16, 16)
+    torch.testing.assert_close(images[0].images, images[1].images, atol=1e-5, rtol=0)
+    torch.testing.assert_close(images[2].images, images[3].images, atol=1e-5, rtol=0)
+    assert (images[0].images - images[2].images).abs().max() > 1e-3, "windows see less than the whole"
 
 
 @pytest.mark.parametrize(

@@ -235,11 +235,19 @@ def test_the_network_is_told_the_window():
 
 
 def test_a_plain_unet_works():
-    torch.manual_seed(0)
-    unet = UNet2DModel(in_channels=3, out_channels=3, sample_size=16, **TINY)
-    output = quiet(unet, DDIMScheduler())(1, [(4, 6), (8, 12)], 2, 2, output_type="pt", return_levels=True)
-    assert [tuple(level.shape) for level in output.levels] == [(1, 3, 4, 6), (1, 3, 8, 12)]
-    assert quiet(unet, DDIMScheduler())(1, num_inference_steps=1, output_type="np").images.shape == (1, 16, 16, 3)
+    """It answers as a network does whose weights for the coordinates are zero."""
+    blind = network(image_channels=3)
+    blind.conv_in.weight.data[:, 3:] = 0
+    plain = UNet2DModel(in_channels=3, out_channels=3, sample_size=16, **TINY).eval()
+    plain.load_state_dict({**blind.state_dict(), "conv_in.weight": blind.conv_in.weight[:, :3]})
+    arguments = dict(output_type="latent", return_levels=True)
+    ours, theirs = (
+        quiet(unet, DDIMScheduler())(1, [(4, 6), (8, 12)], 2, 2, generator=generators(1), **arguments).levels
+        for unet in (plain, blind)
+    )
+    assert [tuple(level.shape) for level in ours] == [(1, 3, 4, 6), (1, 3, 8, 12)]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert quiet(plain, DDIMScheduler())(1, num_inference_steps=1, output_type="np").images.shape == (1, 16, 16, 3)
 
 
 def test_any_size_and_any_increase():

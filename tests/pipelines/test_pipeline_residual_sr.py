@@ -1,14 +1,13 @@
 import functools
 import inspect
 import math
-import subprocess
-import sys
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
 import torch.nn.functional as F
+import warm
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -656,7 +655,6 @@ def test_what_is_random_comes_from_the_generator():
 
 ELSEWHERE = """
 import sys
-sys.modules["pyrdiff"] = None  # as where it is not installed
 import torch
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
@@ -678,7 +676,7 @@ def test_it_loads_where_pyrdiff_is_not_installed(tmp_path):
     pyrdiff.hub.export(pipeline, tmp_path / "model")
     assert (tmp_path / "model" / "pipeline_residual_sr.py").is_file()
     arguments = [str(tmp_path / name) for name in ("model", "images.pt", "again")]
-    subprocess.run([sys.executable, "-c", ELSEWHERE, *arguments], check=True, timeout=120, cwd=tmp_path)
+    warm.run(ELSEWHERE, *arguments, without=["pyrdiff"], check=True, cwd=tmp_path)
     torch.testing.assert_close(torch.load(tmp_path / "images.pt"), expected, atol=1e-5, rtol=0)
     for folder in ("model", "again"):
         loaded = pyrdiff.load(tmp_path / folder)
