@@ -29,7 +29,8 @@ LEVELS = ("16", "32", "64")
 # What each arm trains on, beside the flags that all share.
 ARMS = {
     "full": {"resolution": LEVELS[-1:]},
-    "today": {"resolution": LEVELS},
+    "paper": {"resolution": LEVELS, "noise_window": 1.0, "level_share": (1, 1, 1)},
+    "new": {"resolution": LEVELS},
 }
 SHARED = {
     "preset": "mini",

@@ -1,8 +1,12 @@
 """Multi-scale batches: one resolution a step, the same number of pixels in each (Pyramidal DDPM).
 
+The paper takes every resolution equally often. A step at twice the side then shows a quarter of the images, so by default
+the larger ones come more often here; `level_share` says how often.
+
 What a step gets is a function of (seed, step, micro) alone, so a run that resumes needs nothing but its step.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +17,25 @@ from .seeds import seed_of
 
 # First part, after the user's seed, of what each kind of choice is seeded with.
 LEVEL_ORDER, IMAGE_ORDER, WINDOWS = 0, 1, 2
+# Between as many steps at each level (0) and as many images of each (1). Measured best: benchmarks/README.md.
+IMAGES_COUNT = 0.65
+
+
+def level_shares(batch_sizes: Sequence[int]) -> list[int]:
+    """
+    Steps a round at each level, where none are asked for: more where a step shows fewer images, as the power
+    `IMAGES_COUNT` of how many fewer.
+
+    Args:
+        batch_sizes: Images a step, level by level, lowest first.
+
+    Example:
+        >>> level_shares([64, 16, 4])  # the same number of pixels a step
+        [1, 2, 6]
+        >>> level_shares([8, 8, 8])  # patches of one size
+        [1, 1, 1]
+    """
+    return [max(1, round((batch_sizes[0] / size) ** IMAGES_COUNT)) for size in batch_sizes]
 
 
 @dataclass(frozen=True)
@@ -36,8 +59,8 @@ class Batch:
 class MultiScaleBatches:
     """Draws the batch of any step.
 
-    Steps go in rounds: a round visits each level once, in an order of its own that is the same in every process. Each
-    level runs through its images in epochs, each a new permutation, so every image is used as often as any other.
+    Steps go in rounds: a round visits each level as often as its share says, in an order of its own that is the same in
+    every process. Each level runs through its images in epochs, each a new permutation, so every image is used as often as any other.
 
     A batch that `num_processes` processes share is drawn as one and each takes its slice: processes do not change what
     is trained on. Two with `batch_size` b see what one with 2b sees, wherever b scales to a whole number at each level.
@@ -54,6 +77,8 @@ class MultiScaleBatches:
         num_processes: how many processes share a batch.
         process_index: which of them this is, from 0.
         accumulation: how many draws (`micro`) a step has.
+        level_share: steps a round at each level, lowest first, whole numbers; [1, 1, 1] is the paper's. By default as
+            `level_shares` has it.
 
     Raises:
         ValueError: when an argument is out of range.
@@ -69,6 +94,7 @@ class MultiScaleBatches:
         num_processes: int = 1,
         process_index: int = 0,
         accumulation: int = 1,
+        level_share: Sequence[int] | None = None,
     ):
         counts = {"batch_size": batch_size, "num_processes": num_processes, "accumulation": accumulation}
         for name, value in counts.items():
@@ -92,6 +118,10 @@ class MultiScaleBatches:
             size if patch_size is None else (min(patch_size[0], size[0]), min(patch_size[1], size[1]))
             for size in images.sizes
         ]
+        if level_share is not None and (len(level_share) != len(images.sizes) or min(level_share) < 1):
+            raise ValueError(f"level_share: got {level_share}; accepted is 1 or more for each of {len(images.sizes)}")
+        self.level_share = list(level_share or level_shares(self.batch_sizes))
+        self._visits = [level for level, share in enumerate(self.level_share) for _ in range(share)]
         self._permutations: list[dict[int, torch.Tensor]] = [{} for _ in images.sizes]
 
     @property
@@ -102,11 +132,17 @@ class MultiScaleBatches:
 
     def level_of(self, step: int) -> int:
         """The level that step `step` (from 0) uses."""
+        return self._visit(step)[0]
+
+    def _visit(self, step: int) -> tuple[int, int]:
+        """The level of a step, and how many steps before were at the same level."""
         if step < 0:
             raise ValueError(f"step: got {step}; accepted is 0 or more")
-        round_index, place = divmod(step, len(self.images.sizes))
+        round_index, place = divmod(step, len(self._visits))
         generator = torch.Generator().manual_seed(seed_of(self.seed, LEVEL_ORDER, round_index))
-        return int(torch.randperm(len(self.images.sizes), generator=generator)[place])
+        order = [self._visits[index] for index in torch.randperm(len(self._visits), generator=generator)]
+        level = order[place]
+        return level, round_index * self.level_share[level] + order[:place].count(level)
 
     def draw(self, step: int, micro: int = 0) -> Batch:
         """This process's images for draw `micro` (0 ≤ micro < accumulation) of step `step` (from 0).
@@ -116,14 +152,13 @@ class MultiScaleBatches:
         """
         if not 0 <= micro < self.accumulation:
             raise ValueError(f"micro: got {micro}; accepted is 0..{self.accumulation - 1} (accumulation)")
-        level = self.level_of(step)
+        level, visit = self._visit(step)
         (height, width), (window_height, window_width) = self.images.sizes[level], self._windows[level]
         share = self.batch_sizes[level]
         whole = share * self.num_processes
         mine = slice(self.process_index * share, (self.process_index + 1) * share)
 
-        round_index = step // len(self.images.sizes)
-        position = (round_index * self.accumulation + micro) * whole + mine.start
+        position = (visit * self.accumulation + micro) * whole + mine.start
         indices = self._stream(level, position, share)
 
         # Drawn for all processes and cut after, so that their number does not matter.

@@ -6,6 +6,7 @@ from typing import Literal
 from pyrdiff.plugins import Method
 from pyrdiff.training.settings import TrainingSettings
 
+MARGIN = 0.02  # of the noise process: so far beyond the noise window is trained, too
 CLIP = {"thresholding": True, "sample_max_value": 1.0}  # DPM-Solver's way of clipping the clean estimate to [-1, 1]
 
 
@@ -30,12 +31,22 @@ class PyramidalSettings(TrainingSettings):
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
     snr_gamma: float | None = None
     """Min-SNR weighting with this gamma (5.0 is usual)."""
+    noise_window: float = 0.35
+    """Share of the noise process that is trained above the lowest resolution, where sampling starts from an enlarged
+    image and needs no more. 1.0 (the paper) trains all of it: such a network also samples at full size alone."""
+    level_share: tuple[int, ...] | None = None
+    """Steps a round at each resolution, low to high. By default larger ones, of which a step shows fewer images, come
+    more often (1 2 6 for 16 32 64); 1 1 1 is the paper's."""
 
     def __post_init__(self):
         super().__post_init__()
         for low, high in zip(self.sizes, self.sizes[1:], strict=False):
             larger = high[0] > low[0] and high[1] > low[1]
             self._check("resolution", larger, "each to be larger than the one before")
+        self._check("noise_window", 0 < self.noise_window <= 1, "a number in (0, 1]")
+        shares = self.level_share
+        good = shares is None or (len(shares) == len(self.sizes) and min(shares) >= 1)
+        self._check("level_share", good, f"a whole number from 1 up for each of the {len(self.sizes)} resolutions")
         self._check("ddpm_num_steps", self.ddpm_num_steps >= 100, "100 or more, the steps that sampling takes")
         self._check("snr_gamma", self.snr_gamma is None or self.snr_gamma > 0, "a number above 0")
 
@@ -52,6 +63,7 @@ def build_model(settings: PyramidalSettings, channels: int):
         image_channels=channels,
         use_coordinates=settings.use_coordinates,
         resolutions=tuple(size[0] if size[0] == size[1] else size for size in settings.sizes),
+        noise_window=settings.noise_window if len(settings.sizes) > 1 else 1.0,
         **overrides,
     )
     multiple = 2 ** (len(network.config.block_out_channels) - 1)
@@ -95,7 +107,10 @@ def build_scheduler(settings: PyramidalSettings, images):
 
 
 def loss(network, scheduler, settings: PyramidalSettings, batch, draws):
-    """Eq. 8: the noise prediction error at one resolution, the network being told where each pixel lies."""
+    """
+    Eq. 8: the noise prediction error at one resolution, the network being told where each pixel lies; above the lowest
+    resolution at times within the noise window.
+    """
     from pyrdiff.models import CoordinateUNet2DModel
     from pyrdiff.training.losses import noise_prediction_loss
 
@@ -107,7 +122,9 @@ def loss(network, scheduler, settings: PyramidalSettings, batch, draws):
     def predict(noisy, timesteps):
         return network(noisy, timesteps, coordinates=coordinates, return_dict=False)[0]
 
-    return noise_prediction_loss(predict, scheduler, batch.images, draws, settings.snr_gamma)
+    steps = scheduler.config.num_train_timesteps
+    noisiest = steps if batch.level == 0 else min(steps, round((settings.noise_window + MARGIN) * steps))
+    return noise_prediction_loss(predict, scheduler, batch.images, draws, settings.snr_gamma, noisiest)
 
 
 def build_pipeline(settings: PyramidalSettings, network, scheduler, images):

@@ -62,6 +62,8 @@ class CoordinateUNet2DModel(KeepsSource, UNet2DModel):
         use_coordinates (`bool`, defaults to `True`): `False` is the paper's ablation (fig. 6): no coordinates at all.
         resolutions (sequence of `int` or `(int, int)`, *optional*): The sizes, low to high, that the network is
             trained at: an int for a square image or (height, width). Pipelines take their default levels from here.
+        noise_window (`float`, defaults to 1.0): Share of the noise process that the network is trained for above the
+            lowest of its `resolutions`: pipelines start no step from more noise there. 1.0 for all of it.
         in_channels (`int`, *optional*): Always `image_channels`; in the config so that pipelines of diffusers draw
             noise of the right shape.
         out_channels (`int`, *optional*): Defaults to `image_channels`.
@@ -105,6 +107,7 @@ class CoordinateUNet2DModel(KeepsSource, UNet2DModel):
         class_embed_type: str | None = None,
         num_class_embeds: int | None = None,
         num_train_timesteps: int | None = None,
+        noise_window: float = 1.0,
     ):
         if image_channels < 1:
             raise ValueError(f"image_channels={image_channels}: expected 1 or more")
@@ -112,6 +115,8 @@ class CoordinateUNet2DModel(KeepsSource, UNet2DModel):
             raise ValueError(f"num_frequencies={num_frequencies}: expected 1 or more (use_coordinates=False for none)")
         if in_channels not in (None, image_channels):
             raise ValueError(f"in_channels={in_channels}: expected image_channels={image_channels} or None")
+        if not 0 < noise_window <= 1:
+            raise ValueError(f"noise_window={noise_window}: expected a number in (0, 1]")
         if center_input_sample:
             raise ValueError("center_input_sample=True: expected False; samples are already in [-1, 1]")
         out_channels = image_channels if out_channels is None else out_channels

@@ -111,6 +111,7 @@ class RunFolder:
         for key, value in identity.items():
             its_value = saved.state["identity"].get(key)
             if its_value != value:
+                its_value, value = _differing(its_value, value)
                 raise ValueError(
                     f"{path} has {key}={_short(its_value)}, this run has {_short(value)}; "
                     "expected the same, or another output_dir"
@@ -140,6 +141,14 @@ class RunFolder:
 
 def _pass_over(damaged: Path, reason: str) -> None:
     print(f"passing over {damaged}: {reason}", flush=True)
+
+
+def _differing(one: Any, other: Any) -> tuple[Any, Any]:
+    """Of two dicts the entries that differ; else both."""
+    if not (isinstance(one, dict) and isinstance(other, dict)):
+        return one, other
+    names = [name for name in {**one, **other} if one.get(name) != other.get(name)]
+    return {name: one.get(name) for name in names}, {name: other.get(name) for name in names}
 
 
 def _short(value: Any) -> str:

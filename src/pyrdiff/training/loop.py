@@ -42,14 +42,19 @@ class Surroundings(NamedTuple):
     images: ImageLevels
     batches: MultiScaleBatches
     watch: Stopwatch
+FULL_WINDOW = ("noise_window", 1.0)  # of a network that is trained at all times
 
 
 @dataclass
 class DeviceBatch:
-    """What a loss sees: `images` [B, C, H, W] in [-1, 1]; `boxes` [B, 4] of patches in the whole image, or None."""
+    """
+    What a loss sees: `images` [B, C, H, W] in [-1, 1]; `boxes` [B, 4] of patches in the whole image, or None; `level`,
+    0 the lowest resolution.
+    """
 
     images: torch.Tensor
     boxes: torch.Tensor | None
+    level: int = 0
 
 
 class Outcome(NamedTuple):
@@ -192,6 +197,7 @@ def _batches(settings: TrainingSettings, images: ImageLevels, accelerator: Accel
         num_processes=accelerator.num_processes,
         process_index=accelerator.process_index,
         accumulation=settings.gradient_accumulation_steps,
+        level_share=settings.level_share,
     )
 
 
@@ -232,13 +238,15 @@ class Run:
         self.learner.prepare()
 
     def _identity(self, network: torch.nn.Module, given: str | None) -> dict[str, Any]:
-        """What must be the same when a run resumes."""
+        """What must be the same when a run resumes. What older runs could not set is left out where it is as then."""
+        shares = self.batches.level_share
         identity = {
             "method": self.method.name,
-            "network": _config(network),
+            "network": {name: value for name, value in _config(network).items() if (name, value) != FULL_WINDOW},
             "scheduler": _config(self.scheduler),
             "data": self.images.fingerprint,
             "batch": [self.accelerator.num_processes * size for size in self.batches.batch_sizes],
+            "level_share": None if len(set(shares)) == 1 else shares,
             "accumulation": self.settings.gradient_accumulation_steps,
             "patch_size": self.settings.patch_size,
             "random_flip": self.settings.random_flip,
@@ -330,7 +338,8 @@ class Run:
             return tensor.to(self.accelerator.device, non_blocking=True)
 
         images = moved(batch.images).to(torch.float32, memory_format=self.learner.memory_format)
-        return DeviceBatch(images.div_(127.5).sub_(1), None if batch.boxes is None else moved(batch.boxes))
+        boxes = None if batch.boxes is None else moved(batch.boxes)
+        return DeviceBatch(images.div_(127.5).sub_(1), boxes, batch.level)
 
     def _gathered(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[torch.Tensor, "torch.cuda.Event | None"]:
         """The values of a step's `Outcome` over all processes, on their way to the CPU, and the event of arrival."""

@@ -51,7 +51,12 @@ class Draws:
 
 
 def noise_prediction_loss(
-    predict, scheduler, images: torch.Tensor, draws: Draws, snr_gamma: float | None = None
+    predict,
+    scheduler,
+    images: torch.Tensor,
+    draws: Draws,
+    snr_gamma: float | None = None,
+    noisiest: int | None = None,
 ) -> torch.Tensor:
     """
     Mean squared error of the prediction at a random time (paper P, eq. 5 and 8).
@@ -62,9 +67,10 @@ def noise_prediction_loss(
         images: [B, C, H, W] in [-1, 1].
         draws: Where noise and times come from.
         snr_gamma: Weight each time by min(SNR, gamma), as Min-SNR does; by default the plain error.
+        noisiest: Times are drawn below this one; by default from all.
     """
     noise = draws.normal(*images.shape)
-    timesteps = draws.integers(scheduler.config.num_train_timesteps, len(images))
+    timesteps = draws.integers(noisiest or scheduler.config.num_train_timesteps, len(images))
     prediction = predict(scheduler.add_noise(images, noise, timesteps), timesteps).float()
     kind = scheduler.config.prediction_type
     target = {

@@ -21,6 +21,7 @@ class TrainingSettings:
     """Flags of every training script."""
 
     allow_enlarging: ClassVar[bool] = True  # whether images smaller than the resolution may be trained on
+    level_share: ClassVar[tuple[int, ...] | None] = None  # as `MultiScaleBatches` takes it
 
     train_data_dir: str | None = None
     """Folder of images (searched recursively), an .npz or .npy array, or "glyphs" for the embedded letters."""
