@@ -3,11 +3,12 @@ Trainings of one network that differ in what they draw, for the same time of one
 plans that suit it:
 
     python benchmarks/engine.py train --train_data_dir faces/train --output runs/engine --arm full --seed 0
-    python benchmarks/engine.py score --reference faces/test --train_data_dir faces/train --output runs/engine \
+    python benchmarks/engine.py score --train_data_dir faces/train --held_out faces/test --output runs/engine \
         --weights squeezenet.pth --result benchmarks/results/engine.json
 
 `--minutes` are minutes of processor time of the process, so that a busy machine does not bend them. Both go on where
-they were stopped: a training at its last checkpoint, the scoring after its last batch of samples.
+they were stopped: a training at its last checkpoint, the scoring after its last batch of samples. `score` takes the
+arms that are trained by then.
 """
 
 import argparse
@@ -25,12 +26,25 @@ ODE = ["DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", **CLIP}]
 UNIPC = ["UniPCMultistepScheduler", CLIP]
 DDIM = ["DDIMScheduler", {"clip_sample": True}]
 LEVELS = ("16", "32", "64")
+BATCH = 50  # samples at a time
+
+STEPS = {
+    "20 + 285 170 80 20": [285, 170, 80, 20],
+    "20 + 285 200 130 70 25": [285, 200, 130, 70, 25],
+    "20 + 250 120 30": [250, 120, 30],
+    "20 + 200 60": [200, 60],
+}  # times of each higher level
 
 # What each arm trains on, beside the flags that all share.
 ARMS = {
     "full": {"resolution": LEVELS[-1:]},
     "paper": {"resolution": LEVELS, "noise_window": 1.0, "level_share": (1, 1, 1)},
     "new": {"resolution": LEVELS},
+}
+TITLES = {
+    "full": "full size only",
+    "paper": "all times, levels 1:1:1",
+    "new": "noise window .35, levels 1:2:6",
 }
 SHARED = {
     "preset": "mini",
@@ -42,6 +56,31 @@ SHARED = {
     "mixed_precision": "no",
     "prediction_type": "epsilon",
 }
+
+
+def plans(arm: str, pipeline) -> dict[str, dict]:
+    """What an arm is sampled by: name -> arguments of a plan."""
+    top = [pipeline.unet.config.resolutions[-1]]
+    full = {
+        f"full size, {name}": {"resolutions": top, "num_inference_steps": calls, "scheduler": scheduler}
+        for name, calls, scheduler in (
+            ("SDE-DPM-Solver++ 20", 20, SDE),
+            ("DPM-Solver++ 20", 20, ODE),
+            ("UniPC 20", 20, UNIPC),
+            ("DDIM 50", 50, DDIM),
+        )
+    }
+    if arm == "full":
+        return full
+    as_today = {
+        "/".join(map(str, calls)): {"num_inference_steps": calls[0], "refine_steps": calls[1:], "scheduler": SDE}
+        for calls in ([20, 3, 2], [20, 4, 4], [30, 4, 4])
+    }
+    low = pipeline.plan(plan=as_today["20/4/4"]).levels[0].timesteps
+    placed = {name: {"spacing": [list(map(int, low)), times, times], "scheduler": SDE} for name, times in STEPS.items()}
+    if arm == "paper":
+        return {**as_today, **dict(list(placed.items())[:1]), **dict(list(full.items())[:2])}
+    return {**placed, **as_today}
 
 
 def train(options) -> None:
@@ -75,17 +114,137 @@ def train(options) -> None:
     loop.train(METHOD, settings)
 
 
+def sample(pipeline, plan: dict, count: int, path: Path, bf16: bool):
+    """The first `count` samples of a plan, uint8 [N, H, W, C]; those of earlier calls are found at `path`."""
+    import torch
+
+    images = list(np.load(path)) if path.exists() else []
+    for first in range(len(images), count, BATCH):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            generator = torch.Generator().manual_seed(first)
+            part = pipeline(BATCH, plan=plan, generator=generator, output_type="latent").images
+        images.extend(scoring.to_uint8(part.float()))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path.with_suffix(".writing.npy"), np.stack(images))
+        path.with_suffix(".writing.npy").replace(path)
+    return np.stack(images[:count])
+
+
+def color_spread(images) -> list[float]:
+    """Standard deviation over images, uint8 [N, H, W, 3], of mean R - G and G - B, in [0, 1]: casts widen it."""
+    red, green, blue = (images.mean((1, 2), dtype=np.float64) / 255).T
+    return [float((red - green).std()), float((green - blue).std())]
+
+
+def score(options) -> dict:
+    """Scores every plan of the arms that are trained; writes the result after each."""
+    import torch
+
+    import pyrdiff
+
+    torch.set_num_threads(options.threads)
+    output, size, seeds = Path(options.output), (int(LEVELS[-1]),) * 2, options.seeds
+    scorer = scoring.Scorer(
+        options.train_data_dir, None, size, 3, options.features, options.weights, torch.device("cpu"), 0, 3000, 0, 200
+    )
+    held_out = scoring.load_images(options.held_out, size, 3)[: options.count]
+    result = {
+        "bench": "engine",
+        "minutes": options.minutes,
+        "shared": SHARED,
+        "precision": "bfloat16" if options.bf16 else "float32",
+        **scorer.description,
+        "real": {**scorer(held_out), "color_spread": color_spread(held_out)},
+        "rows": [],
+    }
+    arms = options.only or ARMS
+    for arm, seed in ((arm, seed) for seed in seeds for arm in arms):
+        folder = output / f"{arm}-{seed}"
+        if not (folder / "pipeline").is_dir():
+            continue
+        pipeline = pyrdiff.load(folder / "pipeline")
+        pipeline.set_progress_bar_config(disable=True)
+        steps = json.loads((folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"]
+        for name, plan in plans(arm, pipeline).items():
+            path = output / "samples" / f"{arm}-{seed} {name}.npy".replace(" ", "_").replace("/", "-")
+            images = sample(pipeline, plan, options.count, path, options.bf16)
+            row = {
+                "arm": arm,
+                "seed": seed,
+                "flags": ARMS[arm],
+                "steps": steps,
+                "plan": name,
+                "arguments": plan,
+                "nfe_eq": pipeline.plan(plan=plan).nfe_eq,
+                "model": scoring.model_hash(str(folder / "pipeline")),
+                **scorer(images),
+                "color_spread": color_spread(images),
+            }
+            result["rows"].append(row)
+            shown = f"{row['frechet']:.0f}, KID {row['kid']:.0f}, colours {np.round(row['color_spread'], 3)}"
+            print(f"{arm} {seed}, {name} ({row['nfe_eq']:.2f} NFE-eq): {shown}", flush=True)
+            write(result, options)
+    return result
+
+
+def write(result: dict, options) -> None:
+    result.update(report.surroundings(options.threads, gpu=False))
+    report.write(result, options.result)
+
+
+def table(result: dict) -> str:
+    """Every plan of every arm, the seeds side by side."""
+    data, minutes = result["real"], result["minutes"]
+    lines = [
+        f"{minutes:g} minutes of one core a training, `{result['shared']['preset']}`; {data['images']} samples a "
+        f"plan against {result['compared_with']['frechet']} training images, {result['features']} features (not FID), "
+        f"sampled in {result['precision']}. {report.caption(result)}",
+        "",
+        "| training | plan | NFE-eq | Fréchet [95 %], by seed | KID, by seed | spread of R-G, G-B | power an octave |",
+        "|---|---|---|---|---|---|---|",
+    ]
+
+    def line(arm: str, plan: str, cost: str, rows: list[dict]) -> str:
+        distance = " · ".join("{:.0f} [{:.0f}, {:.0f}]".format(r["frechet"], *r["frechet_interval"]) for r in rows)
+        kid = " · ".join(f"{row['kid']:.3g}" for row in rows)
+        colors = " · ".join("{:.3f} {:.3f}".format(*row["color_spread"]) for row in rows)
+        power = " ".join(f"{value:.2f}" for value in np.mean([row["octaves"] for row in rows], 0))
+        return f"| {arm} | {plan} | {cost} | {distance} | {kid} | {colors} | {power} |"
+
+    groups = {}
+    for row in result["rows"]:
+        groups.setdefault((row["arm"], row["plan"]), []).append(row)
+    for (arm, plan), rows in sorted(groups.items(), key=lambda item: list(ARMS).index(item[0][0])):
+        steps = "/".join(str(row["steps"]) for row in rows)
+        lines.append(line(f"{TITLES[arm]} ({steps} steps)", plan, f"{rows[0]['nfe_eq']:.1f}", rows))
+    lines.append(line("held-out images", "-", "-", [data]))
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    training = commands.add_parser("train")
-    training.add_argument("--train_data_dir", required=True)
-    training.add_argument("--output", required=True)
+    training, scored = commands.add_parser("train"), commands.add_parser("score")
+    for command in (training, scored):
+        command.add_argument("--train_data_dir", required=True)
+        command.add_argument("--output", required=True, help="folder of the trainings and samples")
+        command.add_argument("--minutes", type=float, default=30.0, help="of processor time, a training")
     training.add_argument("--arm", required=True, choices=ARMS)
     training.add_argument("--seed", type=int, default=0)
-    training.add_argument("--minutes", type=float, default=30.0, help="of processor time")
+    scored.add_argument("--held_out", required=True, help="images that were not trained on: what real ones score")
+    scored.add_argument("--only", nargs="+", choices=ARMS, help="these arms")
+    scored.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    scored.add_argument("--count", type=int, default=1000, help="samples a plan")
+    scored.add_argument("--features", default="squeezenet")
+    scored.add_argument("--weights", help="of the feature network")
+    scored.add_argument("--threads", type=int, default=1)
+    scored.add_argument("--bf16", action="store_true", help="sample in bfloat16")
+    scored.add_argument("--result", required=True, help="JSON to write")
     options = parser.parse_args()
-    train(options)
+    if options.command == "train":
+        train(options)
+    else:
+        print(table(score(options)))
 
 
 if __name__ == "__main__":

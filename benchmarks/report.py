@@ -55,12 +55,16 @@ def caption(result: dict) -> str:
 
 def save(result: dict, path: str) -> None:
     """Writes a result and prints its table."""
+    print(table_of(write(result, path)))
+
+
+def write(result: dict, path: str) -> Path:
+    """Writes a result; a reader sees the file before it or after it."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     beside.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    beside.replace(target)
-    print(table_of(target))
+    return beside.replace(target)
 
 
 def table_of(path: Path, view: str | None = None) -> str:

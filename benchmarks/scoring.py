@@ -19,6 +19,13 @@ def to_uint8(images):
     return ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
 
 
+def load_images(reference, size: tuple[int, int], channels: int):
+    """The images of a set at one size, uint8 [N, H, W, C]."""
+    from pyrdiff.data import ImageLevels, open_source
+
+    return ImageLevels.build(open_source(reference), [size], channels=channels).arrays[-1]
+
+
 class Scorer:
     """
     A reference set and a feature network.

@@ -1,7 +1,7 @@
 """Multi-scale batches: one resolution a step, the same number of pixels in each (Pyramidal DDPM).
 
-The paper takes every resolution equally often. A step at twice the side then shows a quarter of the images, so by default
-the larger ones come more often here; `level_share` says how often.
+The paper takes every resolution equally often. A step at twice the side then shows a quarter of the images, so by
+default the larger ones come more often here; `level_share` says how often.
 
 What a step gets is a function of (seed, step, micro) alone, so a run that resumes needs nothing but its step.
 """
@@ -60,7 +60,8 @@ class MultiScaleBatches:
     """Draws the batch of any step.
 
     Steps go in rounds: a round visits each level as often as its share says, in an order of its own that is the same in
-    every process. Each level runs through its images in epochs, each a new permutation, so every image is used as often as any other.
+    every process. Each level runs through its images in epochs, each a new permutation, so every image is used as often
+    as any other.
 
     A batch that `num_processes` processes share is drawn as one and each takes its slice: processes do not change what
     is trained on. Two with `batch_size` b see what one with 2b sees, wherever b scales to a whole number at each level.
