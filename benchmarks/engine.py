@@ -110,8 +110,7 @@ def train(options) -> None:
     # The images are decoded before the clock of the run starts: the time is for the network.
     source = open_source(options.train_data_dir)
     ImageLevels.build(source, settings.sizes, channels=3, cache_dir=settings.cache_dir)
-    time.monotonic = time.process_time  # the clock of the loop's budget, from here on
-    loop.train(METHOD, settings)
+    loop.train(METHOD, settings, clock=time.process_time)
 
 
 def sample(pipeline, plan: dict, count: int, path: Path, bf16: bool):

@@ -37,7 +37,7 @@ def test_constant_pixels():
     levels = make_levels([(64, 64), (128, 128), (256, 256)], count=2)
     batches = MultiScaleBatches(levels, 48)
     assert batches.batch_sizes == [48, 12, 3]
-    shapes = {batches.level_of(step): tuple(batches.draw(step).images.shape) for step in range(3)}
+    shapes = {batches.level_of(step): tuple(batches.draw(step).images.shape) for step in range(9)}
     assert shapes == {0: (48, 1, 64, 64), 1: (12, 1, 128, 128), 2: (3, 1, 256, 256)}
     assert MultiScaleBatches(levels, 4).batch_sizes == [4, 1, 1]
     assert MultiScaleBatches(levels, 48, patch_size=64).batch_sizes == [48, 48, 48]
@@ -55,18 +55,40 @@ def test_whole_images_are_the_images():
         assert batch.boxes is None and batch.indices.dtype == torch.int64
 
 
-def test_each_round_visits_every_level_in_changing_order():
-    batches = MultiScaleBatches(make_levels([(2, 2), (4, 4), (8, 8)]), 1)
-    rounds = [tuple(batches.level_of(3 * index + place) for place in range(3)) for index in range(50)]
-    assert all(sorted(visited) == [0, 1, 2] for visited in rounds)
-    assert len(set(rounds)) == 6
+@pytest.mark.parametrize("share", [[1, 1, 1], [1, 2, 3], [2, 1, 1]])
+def test_each_round_visits_every_level_by_its_share_in_changing_order(share):
+    batches = MultiScaleBatches(make_levels([(2, 2), (4, 4), (8, 8)]), 1, level_share=share)
+    count = sum(share)
+    rounds = [tuple(batches.level_of(count * index + place) for place in range(count)) for index in range(50)]
+    expected = [level for level in range(3) for _ in range(share[level])]
+    assert all(sorted(visited) == expected for visited in rounds)
+    assert len(set(rounds)) >= 6
 
 
-def test_every_image_once_an_epoch_at_every_level():
+@pytest.mark.parametrize(
+    ("sizes", "options", "expected"),
+    [
+        ([(16, 16), (32, 32), (64, 64)], dict(batch_size=64), [1, 2, 6]),
+        ([(32, 32), (64, 64), (128, 128), (256, 256)], dict(batch_size=64), [1, 2, 6, 15]),
+        ([(16, 16), (32, 32), (64, 64)], dict(batch_size=8), [1, 2, 4]),  # 8, 2 and 1 images a step, not half a one
+        ([(48, 48), (64, 64)], dict(batch_size=18), [1, 1]),
+        ([(32, 32), (64, 64), (128, 128)], dict(batch_size=4, patch_size=32), [1, 1, 1]),
+        ([(16, 16), (32, 32), (64, 64)], dict(batch_size=8, patch_size=32), [1, 2, 2]),
+        ([(64, 64)], dict(batch_size=4), [1]),
+    ],
+)
+def test_by_default_levels_that_show_fewer_images_come_more_often(sizes, options, expected):
+    assert MultiScaleBatches(make_levels(sizes, count=1), **options).level_share == expected
+
+
+@pytest.mark.parametrize("share", [[1, 1], [2, 3]])
+def test_every_image_once_an_epoch_at_every_level(share):
     levels = make_levels([(2, 2), (4, 4)], count=10)
-    batches = MultiScaleBatches(levels, 12, accumulation=2)  # 12 and 3 images a draw: neither divides 10
+    batches = MultiScaleBatches(
+        levels, 12, accumulation=2, level_share=share
+    )  # 12 and 3 a draw: neither divides 10
     seen = [[], []]
-    for step in range(40):
+    for step in range(50):
         for micro in range(2):
             batch = batches.draw(step, micro)
             seen[batch.level] += batch.indices.tolist()
@@ -154,6 +176,8 @@ def test_without_flip_nothing_is_mirrored():
         ("process_index", -1),
         ("patch_size", 0),
         ("patch_size", (4, 4, 4)),
+        ("level_share", [1, 1]),
+        ("level_share", [0]),
     ],
 )
 def test_arguments_are_checked(name, value):

@@ -83,6 +83,26 @@ def test_min_snr_weighs_one_clean_estimate_alike_whatever_is_predicted():
     torch.testing.assert_close(losses[1], losses[2], rtol=1e-3, atol=0)
 
 
+@pytest.mark.parametrize("noisiest", [None, 14])
+def test_the_best_predictor_of_gaussian_data_has_the_loss_of_the_closed_form(noisiest):
+    """Data N(0, v): the best noise prediction is s / (a² v + s²) x, and its error a² v / (a² v + s²) at every time."""
+    scheduler, variance = Case("epsilon").scheduler, 0.25
+    clean = scheduler.alphas_cumprod.double()
+    error = clean * variance / (clean * variance + 1 - clean)
+    seen = set()
+
+    def predict(noisy, timesteps):
+        seen.update(timesteps.tolist())
+        a2 = clean[timesteps].float()[:, None, None, None]
+        return (1 - a2).sqrt() / (a2 * variance + 1 - a2) * noisy
+
+    images = variance**0.5 * torch.randn(20_000, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+    loss = noise_prediction_loss(predict, scheduler, images, Case.draws(), noisiest=noisiest)
+    assert seen == set(range(noisiest or STEPS))
+    assert loss.item() == pytest.approx(error[:noisiest].mean().item(), abs=0.008)  # 4 standard errors
+    assert error[:14].mean() > 1.3 * error.mean()  # so the two cases differ
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_draws_of_processes_are_the_parts_of_one_draw(processes):
     seed = (7, 3, 1)

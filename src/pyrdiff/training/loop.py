@@ -26,6 +26,8 @@ from .losses import Draws
 from .settings import TrainingDiverged, TrainingSettings, TrainingStopped
 from .stopping import TIME_IS_UP, Budget, Signals, Stopwatch
 
+FULL_WINDOW = ("noise_window", 1.0)  # of a network that is trained at all times
+
 
 class Stage(NamedTuple):
     """A method to train, its settings, and the folder of its run."""
@@ -42,7 +44,6 @@ class Surroundings(NamedTuple):
     images: ImageLevels
     batches: MultiScaleBatches
     watch: Stopwatch
-FULL_WINDOW = ("noise_window", 1.0)  # of a network that is trained at all times
 
 
 @dataclass
