@@ -84,9 +84,7 @@ def test_by_default_levels_that_show_fewer_images_come_more_often(sizes, options
 @pytest.mark.parametrize("share", [[1, 1], [2, 3]])
 def test_every_image_once_an_epoch_at_every_level(share):
     levels = make_levels([(2, 2), (4, 4)], count=10)
-    batches = MultiScaleBatches(
-        levels, 12, accumulation=2, level_share=share
-    )  # 12 and 3 a draw: neither divides 10
+    batches = MultiScaleBatches(levels, 12, accumulation=2, level_share=share)  # 12 and 3 a draw: neither divides 10
     seen = [[], []]
     for step in range(50):
         for micro in range(2):
