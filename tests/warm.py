@@ -12,10 +12,10 @@ that the request asks for. What it does and leaves behind stays its own.
 The forks are of two kinds. With `without` the parent has never imported pyrdiff, and the packages that are named cannot
 be imported. Otherwise the parent has imported the toolkit already.
 
-A fork is not a new interpreter in two ways, so the tests that are about those start a real one: modules are there
-already (whether `--help` imports torch cannot be asked here), and what torch, diffusers and huggingface_hub read from
-the environment when they are imported has the values of the test session; `HF_MODULES_CACHE` alone is that of the
-request. Nothing in the parents has started a thread, drawn a number or run a network.
+A fork is not a new interpreter, so the tests that are about the difference start a real one: modules are there already
+(whether `--help` imports torch cannot be asked here), and what torch read from the environment when it was imported has
+the values of the test session. The Hub's client and diffusers do read theirs again. Nothing in the parents has started
+a thread, drawn a number or run a network.
 
 The processes of pytest-xdist share one parent: the first process of the session calls `serve`, the others find its
 address in the environment.

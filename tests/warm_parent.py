@@ -153,16 +153,26 @@ def become(request: dict, streams: list[int]) -> None:
     sys.argv[:] = request["argv"]
     for package in request["without"]:
         sys.modules[package] = None
-    set_modules_cache(request["env"].get("HF_MODULES_CACHE"))
+    read_environment_again()
     importlib.invalidate_caches()
     os._exit(execute(code, script))
 
 
-def set_modules_cache(folder: str | None) -> None:
-    """diffusers takes the folder from the environment when it is imported."""
-    for name in ("diffusers.utils", "diffusers.utils.constants", "diffusers.utils.dynamic_modules_utils"):
-        if folder is not None:
-            sys.modules[name].HF_MODULES_CACHE = folder
+def read_environment_again() -> None:
+    """The Hub's client and diffusers keep what they read at import: their constants, and copies of those."""
+    modules = [
+        module for name, module in sys.modules.items() if name.startswith(("huggingface_hub", "diffusers.utils"))
+    ]
+    for name in ("huggingface_hub.constants", "diffusers.utils.constants"):
+        constants = sys.modules[name]
+        before = dict(vars(constants))
+        importlib.reload(constants)
+        changed = [key for key, value in before.items() if key.isupper() and vars(constants)[key] != value]
+        for module in modules:
+            for key in changed:
+                if vars(module).get(key, None) == before[key]:
+                    setattr(module, key, vars(constants)[key])
+    sys.modules["huggingface_hub.hf_api"].api.endpoint = sys.modules["huggingface_hub.constants"].ENDPOINT
 
 
 def execute(code: str | None, script: str) -> int:

@@ -1,14 +1,14 @@
 """Tiny, untrained pipelines of every kind, and their exports."""
 
 import json
-import subprocess
-import sys
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DModel
 from hub_server import Hub, hub_server
 
@@ -109,8 +109,6 @@ load_elsewhere = checking._load_elsewhere
 checking._load_elsewhere = lambda folder, packages: (checking._digest(pyrdiff.load(folder)), "")
 """
 ELSEWHERE = """
-for package in sys.argv[1:]:
-    sys.modules[package] = None  # as where it is not installed
 from diffusers import DiffusionPipeline
 """
 SAMPLE = """
@@ -156,28 +154,29 @@ def server() -> Iterator[Hub]:
 
 
 @contextmanager
-def client_of(server: Hub, prelude: str, home: Path, *arguments: str) -> Iterator[Callable[..., list]]:
+def client_of(server: Hub, prelude: str, home: Path, without: list[str] | None = None) -> Iterator[Callable[..., list]]:
+    """A process of its own that answers for as long as the context lasts. `without`: see `warm.start`."""
     text = CLIENT % f"CALLS = {CALLS!r}\n{prelude}\n{SAMPLE}"
     environment = {**server.environment, "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(home / "modules")}
-    with (home / "said.txt").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", text, *arguments],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd=home,
+    (question, ask), (hear, answer) = os.pipe(), os.pipe()
+    with (home / "said.txt").open("w") as log, open(ask, "w") as asking, open(hear) as hearing:
+        process = warm.start(
+            text, without=without, stdin=question, stdout=answer, stderr=log, env=environment, cwd=home
         )  # fmt: skip
+        os.close(question), os.close(answer)
 
         def run(code: str, **values) -> list:
-            process.stdin.write(json.dumps({"code": code, "values": values}, default=str) + "\n")
-            process.stdin.flush()
-            answer = process.stdout.readline()
-            assert answer, (home / "said.txt").read_text()
-            return json.loads(answer)
+            asking.write(json.dumps({"code": code, "values": values}, default=str) + "\n")
+            asking.flush()
+            said = hearing.readline()
+            assert said, (home / "said.txt").read_text()
+            return json.loads(said)
 
         try:
             yield run
         finally:
-            process.stdin.close()
-            process.wait(timeout=60)
-            process.stdout.close()
+            asking.close()
+            process.wait(60)
 
 
 @pytest.fixture(scope="session")
@@ -190,5 +189,5 @@ def client(server, tmp_path_factory) -> Iterator[Callable[..., list]]:
 @pytest.fixture(scope="session")
 def elsewhere(server, tmp_path_factory) -> Iterator[Callable[..., list]]:
     """Such a client where pyrdiff is not installed."""
-    with client_of(server, ELSEWHERE, tmp_path_factory.mktemp("elsewhere"), "pyrdiff") as run:
+    with client_of(server, ELSEWHERE, tmp_path_factory.mktemp("elsewhere"), without=["pyrdiff"]) as run:
         yield run

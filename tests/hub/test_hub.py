@@ -1,9 +1,8 @@
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
+import warm
 from diffusers import DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler
 
 import pyrdiff
@@ -11,7 +10,6 @@ from pyrdiff import CoordinateUNet2DModel, PyramidalPipeline, hub
 
 ELSEWHERE = """
 import sys
-sys.modules["pyrdiff"] = None  # as where it is not installed
 import torch
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)
@@ -52,7 +50,7 @@ def same_pixels(first: torch.Tensor, second: torch.Tensor) -> bool:
 def test_a_process_without_pyrdiff_loads_an_export_and_gives_the_same_pixels(pipeline, tmp_path):
     folder = hub.export(pipeline, tmp_path / "model")
     arguments = [str(folder), str(tmp_path / "images.pt"), str(tmp_path / "again")]
-    subprocess.run([sys.executable, "-c", ELSEWHERE, *arguments], check=True, timeout=120, cwd=tmp_path)
+    warm.run(ELSEWHERE, *arguments, without=["pyrdiff"], check=True, cwd=tmp_path)
     expected = sample(pipeline)
     assert same_pixels(torch.load(tmp_path / "images.pt"), expected)
     # What that process saved loads here too, and names no place it came from.

@@ -4,11 +4,11 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 import yaml
 from safetensors.torch import load_file
 
@@ -298,10 +298,10 @@ def train(server, folder: Path, **environment: str) -> subprocess.CompletedProce
         train_batch_size=2, save_images_steps=0, mixed_precision="no", push_to_hub=True,
         hub_model_id="me/letters", checkpointing_steps=1,
     )  # fmt: skip
-    command = [sys.executable, str(EXAMPLES / "train_pddpm.py"), "--resolution", "8", "16"]
-    command += ["--block_out_channels", "8", "16", "32", *(f"--{name}={value}" for name, value in flags.items())]
+    words = ["--resolution", "8", "16", "--block_out_channels", "8", "16", "32"]
+    words += [f"--{name}={value}" for name, value in flags.items()]
     environment = {**server.environment, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment, cwd=folder.parent)
+    return warm.run(EXAMPLES / "train_pddpm.py", *words, env=environment, cwd=folder.parent)
 
 
 def test_a_training_publishes(server, client, tmp_path):
