@@ -108,7 +108,7 @@ class OurLoop:
         )
         images = ImageLevels.build(options.train_data_dir, settings.sizes)
         batches = MultiScaleBatches(images, options.batch_size, random_flip=True)
-        surroundings = Surroundings(Accelerator(mixed_precision=options.mixed_precision), images, batches, Stopwatch())
+        surroundings = Surroundings(Accelerator(mixed_precision=options.mixed_precision), batches, Stopwatch())
         self.run = Run(Stage(METHOD, settings, Path(folder)), METHOD.model(settings, 3), surroundings)
 
     def step(self) -> None:

@@ -110,20 +110,21 @@ def test_files_larger_than_a_chunk(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("step", "tensors", "state", "message"),
     [
-        (-1, {}, {}, "step .* -1"),
-        (True, {}, {}, "step .* True"),
-        (1.0, {}, {}, "step .* 1.0"),
+        (-1, {}, {}, "step=-1: expected"),
+        (True, {}, {}, "step=True: expected"),
+        (1.0, {}, {}, "step=1.0: expected"),
         (1, {"../model": {}}, {}, "tensors.*'../model'"),
         (1, {"": {}}, {}, "tensors.*''"),
-        (1, {"model": {"w": 3}}, {}, r"tensors\['model'\]\['w'\].*int"),
-        (1, {"model": {3: torch.ones(1)}}, {}, r"tensors\['model'\].*3"),
-        (1, {"model": {"w": torch.ones(2).to_sparse()}}, {}, r"tensors\['model'\]\['w'\].*sparse"),
-        (1, {"model": {"w": torch.ones(2, device="meta")}}, {}, r"tensors\['model'\]\['w'\].*meta"),
+        (1, {"model": {"w": 3}}, {}, r"tensors\['model'\]: expected"),
+        (1, {"model": {3: torch.ones(1)}}, {}, r"tensors\['model'\]: expected"),
+        (1, {"model": {"w": torch.ones(2).to_sparse()}}, {}, r"tensors\['model'\]: expected"),
+        (1, {"model": {"w": torch.ones(2, device="meta")}}, {}, r"tensors\['model'\]: expected.*meta"),
         (1, {"model": {"w": torch.ones(2, dtype=torch.complex128)}}, {}, r"tensors\['model'\].*complex128"),
-        (1, {}, [], "state must be a dict, got list"),
-        (1, {}, {"loss": float("nan")}, "state .*strict JSON"),
-        (1, {}, {"loss": torch.ones(1)}, "state .*strict JSON"),
-        (1, {}, {"a": [{1: 2}]}, r"state\['a'\]\[0\].*1"),
+        (1, {}, [], "state: expected a dict"),
+        (1, {}, {"loss": float("nan")}, "state: expected .*strict JSON"),
+        (1, {}, {"loss": torch.ones(1)}, "state: expected .*strict JSON"),
+        (1, {}, {"a": [{1: 2}]}, "state: expected .*string keys"),
+        (1, {}, {"a": [(1, 2)]}, "state: expected .*tuples"),
     ],
 )
 def test_what_cannot_be_stored_is_refused_and_leaves_nothing(tmp_path, step, tensors, state, message):
@@ -213,10 +214,6 @@ def test_a_renamed_checkpoint_is_not_taken_for_another_step(tmp_path):
 
 def test_saving_a_step_again(tmp_path):
     path = save_small(tmp_path, 4)
-    inode = path.stat().st_ino
-    save_small(tmp_path, 4)
-    assert path.stat().st_ino == inode, "the same content was written again"
-
     flip(path / "model.safetensors", -1)
     save_small(tmp_path, 4)
     assert_loads(path, 4)
@@ -373,7 +370,7 @@ def test_prune_keeps_the_newest(tmp_path):
     assert names(tmp_path) == ["checkpoint-10"]
     assert_loads(newest_checkpoint(tmp_path), 10)
     for keep in (0, -1, 1.0, True):
-        with pytest.raises(ValueError, match="keep"):
+        with pytest.raises(ValueError, match="keep=.*expected"):
             prune_checkpoints(tmp_path, keep)
 
 

@@ -1,6 +1,6 @@
 """Checkpoints that survive kills, full disks and flipped bits.
 
-A checkpoint is a folder `checkpoint-{step}` holding one `{name}.safetensors` per group of tensors, `state.json`, and
+A checkpoint is a folder `checkpoint-{step}` with one `{name}.safetensors` per group of tensors, `state.json`, and
 `manifest.json` with the size and sha256 of each. It is written beside its final place, read back, and renamed, so the
 folder under its final name is always complete. safetensors and JSON only: loading one never executes code.
 
@@ -36,108 +36,107 @@ Tensors = dict[str, dict[str, torch.Tensor]]
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint could not be written, or what lies on disk is not a whole checkpoint; the message names the file."""
+    """A checkpoint could not be written, or is not whole; the message names the file."""
 
 
 def save_checkpoint(folder: Path, step: int, tensors: Tensors, state: dict[str, Any]) -> Path:
-    """Write `folder/checkpoint-{step}` and return its path; it appears under that name only when it is whole.
-
-    An existing checkpoint of this step is kept if it verifies and holds the same content, and replaced otherwise.
+    """
+    Writes `folder/checkpoint-{step}`; it has that name only when it is whole. An earlier one of this step is replaced.
 
     Args:
-        folder: where the run's checkpoints lie; created if missing.
-        step: number of optimiser steps done, 0 or more.
-        tensors: group name → tensor name → tensor, of any shape, on any device, in any dtype that safetensors knows.
-            Each is copied to CPU memory, one group at a time, so tensors that share memory are stored apart. Group
-            names are letters, digits, `_`, `-` and `.`, and become file names.
-        state: what strict JSON can hold: no NaN or infinity, string keys only. Tuples come back as lists.
+        folder: Where the run's checkpoints lie; made if missing.
+        step: Number of optimiser steps done, 0 or more.
+        tensors: Group name → tensor name → tensor, of any shape, on any device, in any dtype that safetensors knows.
+            Tensors that share memory are stored apart. Group names are letters, digits, `_`, `-` and `.`.
+        state: What JSON gives back as it was: string keys, lists, no tuples, no NaN or infinity.
+
+    Returns:
+        The checkpoint.
 
     Raises:
-        ValueError: an argument that cannot be stored as it is; nothing was written.
-        CheckpointError: the disk refused (full, read-only, ...) or gave back other bytes than were written. The
+        ValueError: for an argument that cannot be stored as it is; nothing is left of it.
+        CheckpointError: if the disk refused (full, read-only, ...) or gave back other bytes than were written. The
             message names the path and the bytes, the temporary folder is gone, earlier checkpoints are untouched.
     """
-    _check_arguments(step, tensors)
+    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+        raise ValueError(f"step={step!r}: expected a whole number from 0 up")
+    for group in tensors:
+        if not isinstance(group, str) or not _GROUP.fullmatch(group):
+            raise ValueError(f"tensors: expected names of letters, digits, '_', '-' and '.', got {group!r}")
     state_bytes = _state_bytes(state)
-    payload = sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values()) + len(state_bytes)
-    folder = Path(folder)
-    target = folder / f"checkpoint-{step}"
+    target = Path(folder) / f"checkpoint-{step}"
     temporary = _stray_path(target, "writing")
     try:
-        existing = verify_checkpoint(target)["files"]
-    except CheckpointError:
-        existing = None
-    if existing is not None and existing == {n: _entry([data]) for n, data in _contents(tensors, state_bytes)}:
-        return target
-
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         _remove(temporary)
         os.mkdir(temporary)
         files = {}
-        for name, data in _contents(tensors, state_bytes):
-            files[name] = _write_file(temporary / name, data)
+        for name, group in tensors.items():
+            file = f"{name}.safetensors"
+            files[file] = _write_file(temporary / file, _tensor_bytes(name, group))
+        files[STATE_FILE] = _write_file(temporary / STATE_FILE, state_bytes)
         _write_file(temporary / MANIFEST_FILE, _manifest_bytes(step, files))
         _sync_folder(temporary)
         verify_checkpoint(temporary)
-        _put_in_place(temporary, target, keep_old=existing is not None)
-    except (OSError, CheckpointError) as error:
+        _put_in_place(temporary, target)
+    except BaseException as error:
         _remove(temporary, best_effort=True)
+        if not isinstance(error, (OSError, CheckpointError)):
+            raise
+        size = sum(tensor.nbytes for group in tensors.values() for tensor in group.values()) + len(state_bytes)
         raise CheckpointError(
-            f"could not write {target}: {payload} bytes of tensors and state were to be written: {error}"
+            f"could not write {target}: {size} bytes of tensors and state were to be written: {error}"
         ) from error
-    except BaseException:
-        _remove(temporary, best_effort=True)
-        raise
     return target
 
 
 def verify_checkpoint(path: Path) -> dict[str, Any]:
-    """Read every file of a checkpoint and return its manifest: `step` and, per file, `bytes` and `sha256`.
+    """
+    Reads every file of a checkpoint. Files that the manifest does not list are ignored.
 
-    Files that the manifest does not list are ignored.
+    Returns:
+        The manifest: `step` and, in `files`, the `bytes` and `sha256` of each.
 
     Raises:
         CheckpointError: names the first file that is missing, truncated, too long, unreadable or altered, or says what
             is wrong with the manifest (not readable, not ours, a format version that this release does not know, or
             a step other than the one in the folder's name).
     """
-    path = Path(path)
-    manifest = _read_manifest(path)
+    manifest = _read_manifest(Path(path))
     for name, expected in manifest["files"].items():
-        for _ in _verified_chunks(path / name, expected):
+        for _ in _verified_chunks(Path(path) / name, expected):
             pass
     return manifest
 
 
 def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
-    """Load a checkpoint: (tensors on the CPU by group and name, state), as given to `save_checkpoint`.
+    """
+    Loads a checkpoint. Each file is read once: the bytes that are parsed are those whose sha256 was compared.
 
-    Each file is read once: the bytes that are parsed are the bytes whose sha256 was compared.
+    Returns:
+        The tensors, on the CPU, by group and name, and the state, as given to `save_checkpoint`.
 
     Raises:
         CheckpointError: as `verify_checkpoint`.
     """
-    path = Path(path)
     tensors, state = {}, {}
-    for name, expected in _read_manifest(path)["files"].items():
-        data = b"".join(_verified_chunks(path / name, expected))
+    for name, expected in _read_manifest(Path(path))["files"].items():
+        file = Path(path) / name
+        data = b"".join(_verified_chunks(file, expected))
         try:
             if name == STATE_FILE:
                 state = json.loads(data)
             else:
                 tensors[name.removesuffix(".safetensors")] = safetensors.torch.load(data)
         except Exception as error:  # safetensors raises its own class, which derives from Exception directly
-            raise CheckpointError(f"{path / name} has the recorded sha256 but cannot be parsed: {error}") from error
+            raise CheckpointError(f"{file} has the recorded sha256 but cannot be parsed: {error}") from error
     return tensors, state
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """All folders named exactly `checkpoint-{step}`, oldest (lowest step) first, whether or not they verify."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        return []
-    return sorted((p for p in folder.iterdir() if _CHECKPOINT.fullmatch(p.name) and p.is_dir()), key=_step_of)
+    paths = Path(folder).iterdir() if Path(folder).is_dir() else []
+    return sorted((path for path in paths if _CHECKPOINT.fullmatch(path.name) and path.is_dir()), key=_step_of)
 
 
 def newest_checkpoint(folder: Path, on_damaged: Callable[[Path, str], None] | None = None) -> Path | None:
@@ -154,21 +153,22 @@ def newest_checkpoint(folder: Path, on_damaged: Callable[[Path, str], None] | No
 
 
 def sweep_strays(folder: Path) -> list[Path]:
-    """Clear away what killed runs left behind and return the temporary folders that were removed.
+    """
+    Clears away what killed runs left behind: folders with the names that this module gives, unless they belong to
+    another live process of this machine. A checkpoint that a killed save had set aside gets its name back.
 
-    Only folders with the names that this module gives, and none that belongs to another live process of this machine.
-    A checkpoint that was set aside by a replacement which never finished gets its name back.
+    Returns:
+        The folders that were removed.
 
     Raises:
-        CheckpointError: such a checkpoint could not be renamed.
+        CheckpointError: if a checkpoint could not get its name back.
     """
-    folder = Path(folder)
     removed = []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+    for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []:
         match = _STRAY.fullmatch(path.name)
         if match is None or path.is_symlink() or not path.is_dir() or _belongs_to_another(int(match[3])):
             continue
-        checkpoint = folder / f"checkpoint-{match[1]}"
+        checkpoint = path.with_name(f"checkpoint-{match[1]}")
         if match[2] == "replaced" and not checkpoint.exists():
             try:
                 os.rename(path, checkpoint)
@@ -182,22 +182,19 @@ def sweep_strays(folder: Path) -> list[Path]:
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete the oldest checkpoints until `keep` (1 or more) remain; delete nothing while the newest does not verify.
+    """
+    Deletes the oldest checkpoints until `keep` (1 or more) remain, and nothing while the newest does not verify.
 
     Raises:
-        ValueError: `keep` is below 1.
-        CheckpointError: one could not be removed from its place.
+        ValueError: if `keep` is below 1.
+        CheckpointError: if one could not be removed from its place.
     """
     if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
-        raise ValueError(f"keep must be an int of 1 or more, got {keep!r}")
-    checkpoints = list_checkpoints(folder)
-    if len(checkpoints) <= keep:
+        raise ValueError(f"keep={keep!r}: expected a whole number from 1 up")
+    paths = list_checkpoints(folder)
+    if len(paths) <= keep or newest_checkpoint(folder) != paths[-1]:
         return
-    try:
-        verify_checkpoint(checkpoints[-1])
-    except CheckpointError:
-        return
-    for path in checkpoints[:-keep]:
+    for path in paths[:-keep]:
         stray = _stray_path(path, "removing")
         try:
             _remove(stray)
@@ -207,64 +204,25 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
         _remove(stray, best_effort=True)
 
 
-def _check_arguments(step: int, tensors: Tensors) -> None:
-    if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-        raise ValueError(f"step must be an int of 0 or more, got {step!r}")
-    for group, entries in tensors.items():
-        if not isinstance(group, str) or not _GROUP.fullmatch(group):
-            raise ValueError(f"tensors: group names are letters, digits, '_', '-' and '.', got {group!r}")
-        for name, value in entries.items():
-            if not isinstance(name, str):
-                raise ValueError(f"tensors[{group!r}]: tensor names must be str, got {name!r}")
-            if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.is_meta:
-                raise ValueError(f"tensors[{group!r}][{name!r}] must be a dense tensor with data, got {_kind(value)}")
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"layout {value.layout} on device {value.device}"
-    return type(value).__name__
+# The content.
 
 
 def _state_bytes(state: dict[str, Any]) -> bytes:
-    if not isinstance(state, dict):
-        raise ValueError(f"state must be a dict, got {type(state).__name__}")
-    _check_keys(state, "state")
     try:
-        return json.dumps(state, allow_nan=False, indent=1).encode("utf-8")
+        data = json.dumps(state, allow_nan=False, indent=1).encode("utf-8")
     except (TypeError, ValueError) as error:
-        raise ValueError(f"state must hold only what strict JSON can: {error}") from error
+        raise ValueError(f"state: expected only what strict JSON can hold: {error}") from error
+    if not isinstance(state, dict) or json.loads(data) != state:
+        raise ValueError("state: expected a dict that JSON gives back as it was: with string keys, without tuples")
+    return data
 
 
-def _check_keys(value: object, where: str) -> None:
-    """`json` turns other keys into strings without a word, so they would come back changed."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            if not isinstance(key, str):
-                raise ValueError(f"{where}: keys must be str, got {key!r}")
-            _check_keys(inner, f"{where}[{key!r}]")
-    elif isinstance(value, (list, tuple)):
-        for index, inner in enumerate(value):
-            _check_keys(inner, f"{where}[{index}]")
-
-
-def _contents(tensors: Tensors, state_bytes: bytes) -> Iterator[tuple[str, bytes]]:
-    """The files of a checkpoint but for the manifest: name, content."""
-    for group, entries in tensors.items():
-        copies = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in entries.items()}
-        try:
-            data = safetensors.torch.save(copies)
-        except KeyError as error:
-            raise ValueError(f"tensors[{group!r}]: safetensors cannot store dtype {error}") from error
-        yield f"{group}.safetensors", data
-    yield STATE_FILE, state_bytes
-
-
-def _entry(chunks: list[bytes]) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for chunk in chunks:
-        digest.update(chunk)
-    return {"bytes": sum(map(len, chunks)), "sha256": digest.hexdigest()}
+def _tensor_bytes(name: str, group: dict[str, torch.Tensor]) -> bytes:
+    try:
+        copies = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in group.items()}
+        return safetensors.torch.save(copies)
+    except Exception as error:  # of torch and safetensors, of many kinds
+        raise ValueError(f"tensors[{name!r}]: expected dense tensors that safetensors can store: {error}") from error
 
 
 def _manifest_bytes(step: int, files: dict[str, dict[str, Any]]) -> bytes:
@@ -287,20 +245,14 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file} cannot be read: {error}") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise CheckpointError(f"{file} is not a manifest of ours: expected a JSON object with format {FORMAT!r}")
-    if manifest.get("version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{file} has format version {manifest.get('version')!r}; this release reads version {FORMAT_VERSION}"
-        )
-    step, files = manifest.get("step"), manifest.get("files")
+    version, step, files = (manifest.get(key) for key in ("version", "step", "files"))
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{file} has format version {version!r}; this release reads version {FORMAT_VERSION}")
     if type(step) is not int or not isinstance(files, dict) or STATE_FILE not in files:
         raise CheckpointError(f"{file} is damaged: 'step' or 'files' is missing or of another type")
     for name, entry in files.items():
-        if name != STATE_FILE and not (_GROUP.fullmatch(name) and name.endswith(".safetensors")):
-            raise CheckpointError(f"{file} is damaged: {name!r} is not the name of a checkpoint's file")
-        if not isinstance(entry, dict) or type(entry.get("bytes")) is not int:
-            raise CheckpointError(f"{file} is damaged: the entry of {name!r} has no size")
-        if not isinstance(entry.get("sha256"), str) or not _SHA256.fullmatch(entry["sha256"]):
-            raise CheckpointError(f"{file} is damaged: the entry of {name!r} has no sha256")
+        if not _is_entry(name, entry):
+            raise CheckpointError(f"{file} is damaged: {name!r}: expected a checkpoint's file, its bytes and sha256")
     if data != _manifest_bytes(step, files):
         raise CheckpointError(f"{file} is damaged: its content differs from its own sha256")
     if _CHECKPOINT.fullmatch(path.name) and step != _step_of(path):
@@ -308,8 +260,17 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def _is_entry(name: str, entry: Any) -> bool:
+    named = name == STATE_FILE or (_GROUP.fullmatch(name) and name.endswith(".safetensors"))
+    sized = isinstance(entry, dict) and type(entry.get("bytes")) is int
+    return bool(named and sized and _SHA256.fullmatch(str(entry.get("sha256"))))
+
+
+# Files and folders.
+
+
 def _verified_chunks(file: Path, expected: dict[str, Any]) -> Iterator[bytes]:
-    """Yield a file's bytes; raises CheckpointError before (size) or after (sha256) the last if they are not those."""
+    """Yields a file's bytes; raises CheckpointError before (size) or after (sha256) the last if they are not those."""
     digest = hashlib.sha256()
     try:
         if not file.is_file():
@@ -329,17 +290,13 @@ def _verified_chunks(file: Path, expected: dict[str, Any]) -> Iterator[bytes]:
 
 
 def _write_file(file: Path, data: bytes) -> dict[str, Any]:
-    """Write and fsync a new file; returns its manifest entry, computed from the bytes handed to the disk."""
-    view = memoryview(data)
-    digest = hashlib.sha256()
+    """Writes a new file to the disk; returns its manifest entry, made from the bytes in memory."""
     with open(file, "xb") as handle:
-        for start in range(0, len(view), CHUNK_BYTES):
-            chunk = view[start : start + CHUNK_BYTES]
-            _write(handle, chunk)
-            digest.update(chunk)
+        for start in range(0, len(data), CHUNK_BYTES):
+            _write(handle, memoryview(data)[start : start + CHUNK_BYTES])
         handle.flush()
         os.fsync(handle.fileno())
-    return {"bytes": len(view), "sha256": digest.hexdigest()}
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _write(handle: BinaryIO, data: memoryview) -> None:
@@ -347,7 +304,7 @@ def _write(handle: BinaryIO, data: memoryview) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a folder's entries durable; only POSIX can open a folder for this."""
+    """Makes a folder's entries durable; only POSIX can open a folder for this."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -357,14 +314,13 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _put_in_place(temporary: Path, target: Path, keep_old: bool) -> None:
-    """Rename `temporary` to `target`; what lies there is set aside first, and put back if the rename fails.
-
-    A good old one (`keep_old`) is set aside under a name that `sweep_strays` gives back to it after a kill in between.
+def _put_in_place(temporary: Path, target: Path) -> None:
     """
-    aside = None
-    if os.path.lexists(target):
-        aside = _stray_path(target, "replaced" if keep_old else "removing")
+    Renames `temporary` to `target`. What lies there is set aside first, and put back if the rename fails; after a kill
+    in between, `sweep_strays` does that.
+    """
+    aside = _stray_path(target, "replaced") if os.path.lexists(target) else None
+    if aside is not None:
         _remove(aside)
         os.rename(target, aside)
     try:
@@ -379,7 +335,7 @@ def _put_in_place(temporary: Path, target: Path, keep_old: bool) -> None:
 
 
 def _stray_path(target: Path, purpose: str) -> Path:
-    return target.parent / f".{target.name}.{purpose}-{os.getpid()}"
+    return target.with_name(f".{target.name}.{purpose}-{os.getpid()}")
 
 
 def _remove(path: Path, best_effort: bool = False) -> None:
@@ -398,7 +354,7 @@ def _step_of(path: Path) -> int:
 
 
 def _belongs_to_another(pid: int) -> bool:
-    """Whether `pid` is another live process. Not being able to tell counts as yes."""
+    """True if `pid` is another live process, or if that cannot be told."""
     if pid == os.getpid():
         return False
     if os.name != "posix":  # elsewhere os.kill(pid, 0) would end the process

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,26 +24,26 @@ class Saved(NamedTuple):
     state: dict[str, Any]
 
 
-def refuse_other_folder(folder: Path, settings: TrainingSettings, within: str | None = None) -> None:
+def refuse_other_folder(folder: Path, settings: TrainingSettings, within: Iterable[Path] = ()) -> None:
     """
     Refuses an output folder that is something else than a run of ours.
 
     Args:
         folder: The output folder.
         settings: Those of the run.
-        within: Name of the folder of a run that lies in it.
+        within: Folders of other runs, which may lie in it.
 
     Raises:
         ValueError: if it holds other things, or checkpoints that the run is not to resume from.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output_dir={str(folder)!r}: expected a folder, found a file")
-    used = folder.is_dir() and any(path.name != within for path in folder.iterdir())
     has_checkpoints = bool(checkpoints.list_checkpoints(folder))
-    if used and not has_checkpoints and not (folder / "settings.json").is_file():
-        raise ValueError(f"output_dir={str(folder)!r}: expected a new, an empty or an earlier run's folder")
     if has_checkpoints and settings.resume_from_checkpoint == "none":
         raise ValueError(f"output_dir={str(folder)!r}: holds checkpoints; expected a new folder, or resume 'latest'")
+    used = folder.is_dir() and any(path not in within for path in folder.iterdir())
+    if used and not has_checkpoints and not (folder / "settings.json").is_file():
+        raise ValueError(f"output_dir={str(folder)!r}: expected a new, an empty or an earlier run's folder")
 
 
 class RunFolder:

@@ -41,7 +41,6 @@ class Surroundings(NamedTuple):
     """What the runs of one training share."""
 
     accelerator: Accelerator
-    images: ImageLevels
     batches: MultiScaleBatches
     watch: Stopwatch
 
@@ -104,32 +103,28 @@ def train(method: Method, settings: TrainingSettings, clock: Callable[[], float]
         TrainingStopped: after SIGTERM or SIGINT, a checkpoint saved.
         TrainingDiverged: when the loss is not finite; the last finite checkpoint is kept.
     """
-    watch = Stopwatch(clock)
-    accelerator = _accelerator(settings)
-    *before, stage = stages = _stages(method, settings)
-    for earlier in before:
-        refuse_other_folder(earlier.folder, earlier.settings)
-    refuse_other_folder(stage.folder, settings, within=before[0].folder.name if before else None)
+    watch, accelerator = Stopwatch(clock), _accelerator(settings)
+    stages = _stages(method, settings)
+    for stage in stages:
+        refuse_other_folder(stage.folder, stage.settings, within=[stage.folder for stage in stages])
     repo_id = None
     if settings.push_to_hub and accelerator.is_main_process:
         name = settings.hub_model_id or stage.folder.resolve().name
         repo_id = hub.reserve(name, private=settings.hub_private_repo or None)
-
-    networks = [_network(each) for each in stages]  # all of them, so that bad settings are met before any work
+    networks = [_network(stage) for stage in stages]  # all of them, so that bad settings are met before any work
     if accelerator.is_main_process:
-        for each in stages:
-            checkpoints.sweep_strays(each.folder)
-    images = _images(settings, accelerator)
-    surroundings = Surroundings(accelerator, images, _batches(settings, images, accelerator), watch)
+        for stage in stages:
+            checkpoints.sweep_strays(stage.folder)
+    surroundings = Surroundings(accelerator, _batches(settings, accelerator), watch)
 
-    digest = None
-    if before:
-        first = Run(before[0], networks.pop(0), surroundings)
+    given = None
+    if len(stages) > 1:
+        first = Run(stages[0], networks.pop(0), surroundings)
         stage = stage._replace(method=method.building_on(first.finish()))
-        digest = first.folder.finished_digest()
+        given = first.folder.finished_digest()
         del first
         accelerator.free_memory()  # its optimiser, above all
-    run = Run(stage, networks.pop(), surroundings, given=digest)
+    run = Run(stage, networks.pop(), surroundings, given)
     _refuse_other_classes(method, run.pipeline)
     run.fit()
     target = run.export()
@@ -156,11 +151,9 @@ def _accelerator(settings: TrainingSettings) -> Accelerator:
 def _stages(method: Method, settings: TrainingSettings) -> list[Stage]:
     """What the method builds on, if anything, and the method."""
     folder = Path(settings.output_dir)
-    stages = [Stage(method, settings, folder)]
     first = method.first(settings) if method.first is not None else None
-    if first is not None:
-        stages.insert(0, Stage(*first, folder / first[0].name))
-    return stages
+    before = [] if first is None else [Stage(*first, folder / first[0].name)]
+    return [*before, Stage(method, settings, folder)]
 
 
 def _network(stage: Stage) -> torch.nn.Module:
@@ -168,7 +161,8 @@ def _network(stage: Stage) -> torch.nn.Module:
     return stage.method.model(stage.settings, stage.settings.image_channels)
 
 
-def _images(settings: TrainingSettings, accelerator: Accelerator) -> ImageLevels:
+def _batches(settings: TrainingSettings, accelerator: Accelerator) -> MultiScaleBatches:
+    """The data: read by the main process first, which fills the cache for the others."""
     with accelerator.main_process_first():
         source = open_source(
             settings.train_data_dir or settings.dataset_name,
@@ -176,7 +170,7 @@ def _images(settings: TrainingSettings, accelerator: Accelerator) -> ImageLevels
             image_column=settings.image_column,
             array_key=settings.array_key,
         )
-        return ImageLevels.build(
+        images = ImageLevels.build(
             source,
             settings.sizes,
             channels=settings.image_channels,
@@ -186,9 +180,6 @@ def _images(settings: TrainingSettings, accelerator: Accelerator) -> ImageLevels
             cache_dir=settings.cache_dir,
             progress=accelerator.is_main_process,
         )
-
-
-def _batches(settings: TrainingSettings, images: ImageLevels, accelerator: Accelerator) -> MultiScaleBatches:
     return MultiScaleBatches(
         images,
         settings.train_batch_size,
@@ -224,7 +215,8 @@ class Run:
 
     def __init__(self, stage: Stage, network: torch.nn.Module, surroundings: Surroundings, given: str | None = None):
         self.method, self.settings, _ = stage
-        self.accelerator, self.images, self.batches, self.watch = surroundings
+        self.accelerator, self.batches, self.watch = surroundings
+        self.images = self.batches.images
         self.scheduler = self.method.scheduler(self.settings, self.images)
         self.pipeline = self.method.pipeline(self.settings, network, self.scheduler, self.images)
         self.identity = self._identity(network, given)
@@ -264,26 +256,29 @@ class Run:
             TrainingStopped: after a signal, a checkpoint saved.
             TrainingDiverged: when the loss or the gradient is not finite.
         """
-        if self.accelerator.is_main_process:
+        settings, on_cpu = self.settings, self.accelerator.device.type == "cpu"
+        is_main = self.accelerator.is_main_process
+        if is_main:
             self.folder.open()
             reports.opening(self)
         self.accelerator.wait_for_everyone()
-        warm = self.step + 2 * len(self.settings.sizes)  # the first visits to a level compile and warm up
+        bar = tqdm(total=self.total_steps, initial=self.step, disable=not is_main, mininterval=2.0, desc="training")
+        warm = self.step + 2 * len(self.images.sizes)  # the first visits to a level compile and warm up
         stop, unread = 0, []
-        with self._progress_bar() as bar, self.signals:
+        with bar, self.signals:
             while self.step < self.total_steps and not stop:
                 began = self.watch.clock()
                 unread.append(self.optimise())
-                saving, logging = self._is_due("checkpointing_steps"), self._is_due("logging_steps")
+                saving, logging = self._is_due(settings.checkpointing_steps), self._is_due(settings.logging_steps)
 
                 # On a GPU a step is checked while the next one is running: no waiting, one step late. Every process
                 # reads the same numbers at the same place, so all of them stop together.
-                behind = 0 if saving or logging or self.accelerator.device.type == "cpu" else 1
+                behind = 0 if on_cpu or saving or logging else 1
                 while len(unread) > (0 if stop else behind):
                     launched = unread.pop(0)
                     outcome = self.checked(launched)
                     stop = stop or outcome.stop
-                if logging and self.accelerator.is_main_process:
+                if logging and is_main:
                     reports.log_step(self, launched, outcome.loss)
                 if saving or stop:
                     self._save()
@@ -390,21 +385,19 @@ class Run:
 
     # What is due after a step.
 
-    def _is_due(self, name: str) -> bool:
-        """Whether `step` is one of every so many, as the setting of this name says, or the last."""
-        return self.step % getattr(self.settings, name) == 0 or self.step >= self.total_steps
+    def _is_due(self, every: int) -> bool:
+        """Whether something is to be done after this step: it is one of `every` steps, or the last."""
+        return self.step % every == 0 or self.step >= self.total_steps
 
     def _plan_is_due(self) -> bool:
-        """With a budget in minutes: half-way through every 8 rounds of levels, once the time of a step is known."""
-        period = 8 * len(self.settings.sizes)
-        timed = self.settings.minutes is not None and self.budget.step_seconds > 0
-        return timed and self.step % period == period // 2
+        """With a budget in minutes: half-way through each 8 rounds of the levels, once the time of a step is known."""
+        period = 8 * len(self.images.sizes)
+        return self.settings.minutes is not None and self.budget.step_seconds > 0 and self.step % period == period // 2
 
     def _preview_is_due(self) -> bool:
-        """Every `save_images_steps`; with a budget also early, since its time has to be known."""
-        every = self.settings.save_images_steps
-        early = self._plan_is_due() and self.step < 8 * len(self.settings.sizes)
-        return every > 0 and (self.step % every == 0 or early)
+        """Every `save_images_steps`; with a budget also before the first plan, which has to know how long one takes."""
+        every, first_plan = self.settings.save_images_steps, 4 * len(self.images.sizes)
+        return every > 0 and (self.step % every == 0 or (self.step == first_plan and self._plan_is_due()))
 
     def _plan_length(self) -> None:
         """As many steps as fit into the minutes, agreed between the processes."""
@@ -418,10 +411,6 @@ class Run:
         self.previewed = self.step
         self.accelerator.wait_for_everyone()
         self.budget.note_preview(self.watch.clock() - began)
-
-    def _progress_bar(self) -> tqdm:
-        hidden = not self.accelerator.is_main_process
-        return tqdm(total=self.total_steps, initial=self.step, disable=hidden, mininterval=2.0, desc="training")
 
     # Checkpoints.
 

@@ -106,19 +106,13 @@ class TrainingSettings:
     def __post_init__(self):
         if (self.train_data_dir is None) == (self.dataset_name is None):
             raise ValueError("expected one of train_data_dir and dataset_name")
-        for name in ("train_batch_size", "max_train_steps", "gradient_accumulation_steps", "checkpointing_steps"):
-            self._check(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("checkpoints_total_limit", "eval_batch_size", "logging_steps"):
-            self._check(name, getattr(self, name) >= 1, "1 or more")
-        for name in ("lr_warmup_steps", "save_images_steps", "seed", "adam_weight_decay"):
-            self._check(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("learning_rate", "max_grad_norm", "adam_epsilon"):
-            self._check(name, 0 < getattr(self, name) < float("inf"), "a number above 0")
+        self._at_least(1, "train_batch_size", "max_train_steps", "gradient_accumulation_steps", "checkpointing_steps")
+        self._at_least(1, "checkpoints_total_limit", "eval_batch_size", "logging_steps", "patch_size")
+        self._at_least(0, "lr_warmup_steps", "save_images_steps", "seed", "adam_weight_decay")
+        self._above_zero("learning_rate", "max_grad_norm", "adam_epsilon", "minutes")
         for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
             self._check(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
         self._check("resolution", len(self.sizes) > 0, "at least one size")
-        self._check("patch_size", self.patch_size is None or self.patch_size > 0, "1 or more")
-        self._check("minutes", self.minutes is None or 0 < self.minutes < float("inf"), "a number above 0")
         self._check("hub_model_id", self.hub_model_id is None or self.push_to_hub, "none without push_to_hub")
         self._check("background", all(0 <= value <= 255 for value in self.background), "numbers from 0 to 255")
 
@@ -134,5 +128,18 @@ class TrainingSettings:
         return sizes
 
     def _check(self, name: str, good: bool, expected: str) -> None:
+        """Refuses a flag's value, and says what is expected."""
         if not good:
             raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")
+
+    def _at_least(self, least: int, *names: str) -> None:
+        """Refuses numbers below `least`. A flag that is None was left out."""
+        for name in names:
+            value = getattr(self, name)
+            self._check(name, value is None or value >= least, f"{least} or more")
+
+    def _above_zero(self, *names: str) -> None:
+        """Refuses what is not a number above 0. A flag that is None was left out."""
+        for name in names:
+            value = getattr(self, name)
+            self._check(name, value is None or 0 < value < float("inf"), "a number above 0")
