@@ -794,14 +794,15 @@ def test_a_kill_before_the_first_stage_was_finished_fits_the_same_prior(copied, 
     flags = copied()
     stage = Path(flags["output_dir"]) / "autoencoder"
     shutil.rmtree(stage / "finished")
+    stray = stage / f".finished.writing-{os.getpid()}"
     if writing:
-        (stage / ".finished.writing" / "deeper").mkdir(parents=True)
+        (stray / "deeper").mkdir(parents=True)
         for name in (WEIGHTS, "deeper/others"):
-            (stage / ".finished.writing" / name).write_bytes(b"half of them")
+            (stray / name).write_bytes(b"half of them")
     # What the network was trained on is known by its bytes: it would be refused, were they others.
     train_toy(flags, with_losses(refused_losses, refused_losses))
     assert_same_training(stage.parent, straight)
-    assert not (stage / ".finished.writing").exists()
+    assert not stray.exists()
 
 
 def test_an_autoencoder_that_is_finished_is_not_trained_for_a_new_network(copied, straight):

@@ -20,6 +20,8 @@ from typing import Any, BinaryIO
 import safetensors.torch
 import torch
 
+from pyrdiff.parts.files import replacing_folder
+
 FORMAT = "pyrdiff-checkpoint"
 FORMAT_VERSION = 1
 STATE_FILE = "state.json"
@@ -28,7 +30,7 @@ CHUNK_BYTES = 8 * 2**20
 MAX_MANIFEST_BYTES = 16 * 2**20
 
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
-_STRAY = re.compile(r"\.checkpoint-([0-9]+)\.(writing|removing|replaced)-([1-9][0-9]*)")
+_STRAY = re.compile(r"\.(checkpoint-[0-9]+|finished|pipeline)\.(writing|removing|replaced)-([1-9][0-9]*)")
 _GROUP = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -65,24 +67,19 @@ def save_checkpoint(folder: Path, step: int, tensors: Tensors, state: dict[str, 
             raise ValueError(f"tensors: expected names of letters, digits, '_', '-' and '.', got {group!r}")
     state_bytes = _state_bytes(state)
     target = Path(folder) / f"checkpoint-{step}"
-    temporary = _stray_path(target, "writing")
+    files = {}
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove(temporary)
-        os.mkdir(temporary)
-        files = {}
-        for name, group in tensors.items():
-            file = f"{name}.safetensors"
-            files[file] = _write_file(temporary / file, _tensor_bytes(name, group))
-        files[STATE_FILE] = _write_file(temporary / STATE_FILE, state_bytes)
-        _write_file(temporary / MANIFEST_FILE, _manifest_bytes(step, files))
-        _sync_folder(temporary)
-        verify_checkpoint(temporary)
-        _put_in_place(temporary, target)
-    except BaseException as error:
-        _remove(temporary, best_effort=True)
-        if not isinstance(error, (OSError, CheckpointError)):
-            raise
+        with replacing_folder(target) as beside:
+            os.mkdir(beside)
+            for name, group in tensors.items():
+                file = f"{name}.safetensors"
+                files[file] = _write_file(beside / file, _tensor_bytes(name, group))
+            files[STATE_FILE] = _write_file(beside / STATE_FILE, state_bytes)
+            _write_file(beside / MANIFEST_FILE, _manifest_bytes(step, files))
+            _sync_folder(beside)
+            verify_checkpoint(beside)
+        _sync_folder(target.parent)
+    except (OSError, CheckpointError) as error:
         size = sum(tensor.nbytes for group in tensors.values() for tensor in group.values()) + len(state_bytes)
         raise CheckpointError(
             f"could not write {target}: {size} bytes of tensors and state were to be written: {error}"
@@ -154,28 +151,28 @@ def newest_checkpoint(folder: Path, on_damaged: Callable[[Path, str], None] | No
 
 def sweep_strays(folder: Path) -> list[Path]:
     """
-    Clears away what killed runs left behind: folders with the names that this module gives, unless they belong to
-    another live process of this machine. A checkpoint that a killed save had set aside gets its name back.
+    Clears away what killed runs left behind: temporary folders of checkpoints, networks and pipelines, unless they
+    belong to another live process of this machine. What a killed save had set aside gets its name back.
 
     Returns:
         The folders that were removed.
 
     Raises:
-        CheckpointError: if a checkpoint could not get its name back.
+        CheckpointError: if one could not get its name back.
     """
     removed = []
     for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []:
         match = _STRAY.fullmatch(path.name)
         if match is None or path.is_symlink() or not path.is_dir() or _belongs_to_another(int(match[3])):
             continue
-        checkpoint = path.with_name(f"checkpoint-{match[1]}")
-        if match[2] == "replaced" and not checkpoint.exists():
+        final = path.with_name(match[1])
+        if match[2] == "replaced" and not final.exists():
             try:
-                os.rename(path, checkpoint)
+                os.rename(path, final)
             except OSError as error:
-                raise CheckpointError(f"could not give {path} its name {checkpoint.name} back: {error}") from error
+                raise CheckpointError(f"could not give {path} its name {final.name} back: {error}") from error
         else:
-            _remove(path, best_effort=True)
+            shutil.rmtree(path, ignore_errors=True)
             if not path.exists():
                 removed.append(path)
     return removed
@@ -195,13 +192,12 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
     if len(paths) <= keep or newest_checkpoint(folder) != paths[-1]:
         return
     for path in paths[:-keep]:
-        stray = _stray_path(path, "removing")
+        stray = path.with_name(f".{path.name}.removing-{os.getpid()}")
         try:
-            _remove(stray)
             os.rename(path, stray)
         except OSError as error:
             raise CheckpointError(f"could not remove {path}: {error}") from error
-        _remove(stray, best_effort=True)
+        shutil.rmtree(stray, ignore_errors=True)
 
 
 # The content.
@@ -312,41 +308,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _put_in_place(temporary: Path, target: Path) -> None:
-    """
-    Renames `temporary` to `target`. What lies there is set aside first, and put back if the rename fails; after a kill
-    in between, `sweep_strays` does that.
-    """
-    aside = _stray_path(target, "replaced") if os.path.lexists(target) else None
-    if aside is not None:
-        _remove(aside)
-        os.rename(target, aside)
-    try:
-        os.rename(temporary, target)
-    except BaseException:
-        if aside is not None:
-            os.rename(aside, target)
-        raise
-    _sync_folder(target.parent)
-    if aside is not None:
-        _remove(aside, best_effort=True)
-
-
-def _stray_path(target: Path, purpose: str) -> Path:
-    return target.with_name(f".{target.name}.{purpose}-{os.getpid()}")
-
-
-def _remove(path: Path, best_effort: bool = False) -> None:
-    try:
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=best_effort)
-        else:
-            path.unlink(missing_ok=True)
-    except OSError:
-        if not best_effort:
-            raise
 
 
 def _step_of(path: Path) -> int:

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from pyrdiff.parts.files import replacing_folder
 
 from . import checkpoints
 from .settings import TrainingSettings
@@ -127,10 +128,8 @@ class RunFolder:
 
     def keep_finished(self, network: torch.nn.Module) -> None:
         """Saves a network as finished, whole or not at all."""
-        beside = self.path / f".{FINISHED}.writing"
-        shutil.rmtree(beside, ignore_errors=True)
-        network.save_pretrained(beside, safe_serialization=True)
-        beside.rename(self.finished)
+        with replacing_folder(self.finished) as beside:
+            network.save_pretrained(beside, safe_serialization=True)
 
     def finished_digest(self) -> str:
         """SHA-256 of the finished network's weights."""

@@ -1,10 +1,11 @@
 """Pictures of a training's progress: rows of images on white."""
 
-import os
 from pathlib import Path
 
 import torch
 from PIL import Image
+
+from pyrdiff.parts.files import replacing
 
 
 def image_grid(rows: list[list[Image.Image]], cell: int | None = None, gap: int = 2) -> Image.Image:
@@ -25,9 +26,8 @@ def image_grid(rows: list[list[Image.Image]], cell: int | None = None, gap: int 
 
 def save_grid(rows: list[list[Image.Image]], path: Path) -> None:
     """Writes `image_grid(rows)`, whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.png")
-    image_grid(rows).save(beside)
-    beside.replace(path)
+    with replacing(path) as beside:
+        image_grid(rows).save(beside, "PNG")
 
 
 def save_samples(settings, pipeline, images, path: Path) -> dict[str, float]:
