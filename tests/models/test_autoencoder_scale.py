@@ -72,9 +72,17 @@ def test_paper_presets_have_attention_at_16_and_a_bottleneck_of_4(name, size):
 
 @pytest.mark.parametrize("name", ["small", "mini", "tiny"])
 def test_small_presets_take_other_sizes(name):
+    """Every value of the image reaches the latents, and the latents every value of the structure."""
+    torch.manual_seed(0)
     model = ScaleAutoencoder.from_preset(name, sample_size=(32, 48), image_channels=2, latent_dim=7).eval()
-    output = model(numbers(2, 2, 32, 48))
+    image = numbers(2, 2, 32, 48).requires_grad_()
+    output = model(image)
     assert output.structure.shape == (2, 2, 32, 48) and output.mean.shape == (2, 7)
+    (gradient,) = torch.autograd.grad(output.mean.square().sum(), image)
+    assert (gradient != 0).all()
+    with torch.no_grad():
+        structures = [model.decode(latents) for latents in (torch.zeros(1, 7), torch.ones(1, 7))]
+    assert (structures[0] != structures[1]).all()
 
 
 @pytest.mark.parametrize("attention", [False, True])

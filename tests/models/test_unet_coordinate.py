@@ -125,10 +125,20 @@ def test_copies_and_pickles_after_a_forward():
         assert torch.equal(other(sample, 1).sample, expected)
 
 
-def test_stock_pipelines_draw_noise_of_the_right_shape():
-    pipeline = DDPMPipeline(network(image_channels=1, resolutions=(8,)), DDPMScheduler())
+@pytest.mark.parametrize(("size", "shape"), [(8, (2, 1, 8, 8)), ((8, 12), (2, 1, 8, 12))])
+def test_stock_pipelines_draw_noise_of_the_right_shape(size, shape):
+    """The stock pipeline gives what its loop gives by hand, from noise of the image's channels and largest size."""
+    model, scheduler = network(image_channels=1, resolutions=(4, size)), DDPMScheduler()
+    pipeline = DDPMPipeline(model, scheduler)
     pipeline.set_progress_bar_config(disable=True)
-    assert pipeline(num_inference_steps=2, output_type="pt").images.shape == (1, 1, 8, 8)
+    images = pipeline(2, torch.Generator().manual_seed(0), num_inference_steps=2, output_type="np").images
+    generator = torch.Generator().manual_seed(0)
+    sample = torch.randn(shape, generator=generator)
+    for timestep in scheduler.timesteps:
+        with torch.no_grad():
+            sample = scheduler.step(model(sample, timestep).sample, timestep, sample, generator=generator).prev_sample
+    expected = (sample / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    torch.testing.assert_close(torch.from_numpy(images), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", PRESETS)

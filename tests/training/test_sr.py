@@ -477,7 +477,13 @@ def test_the_same_command_after_the_end_only_exports_again(trained, toy_sr):
 @pytest.mark.parametrize("steps", [2, 3])
 def test_a_very_short_noise_process_has_pictures_too(toy_sr, steps):
     folder = train_toy(toy_sr(ddpm_num_steps=steps, save_images_steps=1, eval_batch_size=1, max_train_steps=1))
-    assert (folder / "samples" / "step-0000001.png").is_file()
+    with Image.open(folder / "samples" / "step-0000001.png") as grid:
+        pixels = np.asarray(grid)
+    assert pixels.shape == (4 * 18 + 2, 18 + 2, 3)
+    _, bicubic, enlarged, original = (pixels[2 + 18 * row :][:16, 2:18] for row in range(4))
+    assert np.array_equal(original, photos(24)[0]) and not np.array_equal(enlarged, bicubic)
+    plans = pyrdiff.load(folder / "pipeline").config.plans
+    assert plans and all(1 <= plan["num_inference_steps"] <= steps for plan in plans.values())
 
 
 # Flags and what is refused.
