@@ -13,7 +13,6 @@ import os
 import statistics
 import tempfile
 import time
-from pathlib import Path
 
 import report
 
@@ -90,12 +89,8 @@ class OurLoop:
     """The steps of `pyrdiff.training.loop.Run.fit`."""
 
     def __init__(self, options, folder: str):
-        from accelerate import Accelerator
-
-        from pyrdiff.data import ImageLevels, MultiScaleBatches
         from pyrdiff.methods.pddpm import METHOD
-        from pyrdiff.training.loop import Run, Stage, Surroundings
-        from pyrdiff.training.stopping import Stopwatch
+        from pyrdiff.training.loop import prepare
 
         settings = METHOD.settings(
             train_data_dir=options.train_data_dir,
@@ -106,10 +101,7 @@ class OurLoop:
             mixed_precision=options.mixed_precision,
             random_flip=True,
         )
-        images = ImageLevels.build(options.train_data_dir, settings.sizes)
-        batches = MultiScaleBatches(images, options.batch_size, random_flip=True)
-        surroundings = Surroundings(Accelerator(mixed_precision=options.mixed_precision), batches, Stopwatch())
-        self.run = Run(Stage(METHOD, settings, Path(folder)), METHOD.model(settings, 3), surroundings)
+        self.run = prepare(METHOD, settings)
 
     def step(self) -> None:
         self.run.checked(self.run.optimise())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 
 from pyrdiff.training import checkpoints
 from pyrdiff.training.checkpoints import (
@@ -408,14 +409,12 @@ def test_prune_stopped_half_way_leaves_a_stray_and_no_half_checkpoint(tmp_path, 
 
 
 KILLS = """
-import importlib.util, json, os, random, select, signal, sys, time
+import json, os, random, select, signal, sys, time
 from pathlib import Path
 import torch
+from pyrdiff.training import checkpoints
 
-spec = importlib.util.spec_from_file_location("checkpoints", sys.argv[1])
-checkpoints = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(checkpoints)
-folder, kills = Path(sys.argv[2]), int(sys.argv[3])
+folder, kills = Path(sys.argv[1]), int(sys.argv[2])
 torch.set_num_threads(1)
 chance = random.Random(0)
 
@@ -460,15 +459,13 @@ print(json.dumps(reports))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-def test_sigkill_at_random_moments_of_saving(tmp_path):
-    command = [sys.executable, "-c", KILLS, checkpoints.__file__, str(tmp_path), "20"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
-    reports = json.loads(result.stdout)
-    assert len(reports) == 20
+def test_sigkill_at_random_moments_of_saving(tmp_path, runslow):
+    kills = 20 if runslow else 8
+    reports = json.loads(warm.run(KILLS, tmp_path, kills, check=True).stdout)
+    assert len(reports) == kills
     for report in reports:
         assert report["killed"] and report["right"], report
         assert report["damaged"] == [] and report["left"] == [], report
         assert report["completed"] > report["before"]
         assert report["completed"] <= report["resumed"] <= report["completed"] + 1, report
-    assert sum(bool(report["strays"]) for report in reports) >= 5, "the kills did not land inside a save"
+    assert sum(bool(report["strays"]) for report in reports) >= kills // 4, "the kills did not land inside a save"

@@ -6,8 +6,7 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import warm
 
 import pyrdiff
 from pyrdiff.data import ImageLevels, MultiScaleBatches
@@ -26,17 +26,22 @@ from pyrdiff.training.checkpoints import (
     newest_checkpoint,
     verify_checkpoint,
 )
-from pyrdiff.training.loop import train
+from pyrdiff.training.loop import prepare, train
 from pyrdiff.training.settings import TrainingDiverged, TrainingStopped
 
-SOURCE = Path(pyrdiff.__file__).parents[1]
-SCRIPT = SOURCE.parent / "examples" / "train_pddpm.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "train_pddpm.py"
 
 
-def train_toy(flags: dict, method=METHOD) -> Path:
-    """Trains and returns the run's folder."""
+def fit_toy(flags: dict, method=METHOD) -> Path:
+    """Trains, without an export, and returns the run's folder."""
+    prepare(method, PyramidalSettings(**flags)).fit()
+    return Path(flags["output_dir"])
+
+
+def train_toy(flags: dict) -> Path:
+    """Trains, exports, and returns the run's folder."""
     folder = Path(flags["output_dir"])
-    assert train(method, PyramidalSettings(**flags)) == folder / "pipeline"
+    assert train(METHOD, PyramidalSettings(**flags)) == folder / "pipeline"
     return folder
 
 
@@ -59,7 +64,7 @@ def train_until_stopped(flags: dict, step: int, number: int = signal.SIGTERM) ->
     done = 0 if newest is None else load_checkpoint(newest)[1]["step"]
     wanted = (step - 1 - done) * flags.get("gradient_accumulation_steps", 1)
     with pytest.raises(TrainingStopped) as caught:
-        train_toy(flags, with_loss(lambda call, *_: signal.raise_signal(number) if call == wanted else None))
+        fit_toy(flags, with_loss(lambda call, *_: signal.raise_signal(number) if call == wanted else None))
     assert caught.value.exit_code == 128 + number
     assert list_checkpoints(folder)[-1].name == f"checkpoint-{step}"
     return folder
@@ -98,12 +103,9 @@ def flip_a_byte(file: Path) -> None:
     file.write_bytes(data)
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(SOURCE)}
-
-
-def command_line(flags: dict) -> list[str]:
-    words = [str(SCRIPT)]
+def words(flags: dict) -> list[str]:
+    """The flags on the command line."""
+    words = []
     for name, value in flags.items():
         words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
     return words
@@ -131,7 +133,7 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(toy, var
     last = flags["max_train_steps"]
     train_until_stopped(flags, 5)
     train_until_stopped(flags, 10, signal.SIGINT)
-    resumed, whole = train_toy(flags), train_toy(toy(**VARIANTS[variant]))
+    resumed, whole = fit_toy(flags), fit_toy(toy(**VARIANTS[variant]))
 
     assert_same_bits(tensors_of(resumed, last), tensors_of(whole, last))
     assert log_of(resumed) == log_of(whole)
@@ -141,7 +143,7 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(toy, var
 
 
 def test_the_learning_rate_is_a_cosine_over_optimiser_steps(toy):
-    rates = [rate for _, rate, _ in log_of(train_toy(toy(gradient_accumulation_steps=2))).values()]
+    rates = [rate for _, rate, _ in log_of(fit_toy(toy(gradient_accumulation_steps=2))).values()]
     warming = [1e-3 * step / 4 for step in range(4)]
     falling = [1e-3 * 0.5 * (1 + math.cos(math.pi * step / 8)) for step in range(8)]
     np.testing.assert_allclose(rates, warming + falling, rtol=1e-9)
@@ -164,7 +166,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(toy, straight, capsys, na
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-6", "checkpoint-8"]
     flip_a_byte(folder / "checkpoint-8" / name)
     capsys.readouterr()
-    train_toy(flags)
+    fit_toy(flags)
     output = capsys.readouterr().out
     assert f"passing over {folder / 'checkpoint-8'}: {folder / 'checkpoint-8' / name}" in output
     assert f"resuming from {folder / 'checkpoint-6'}" in output
@@ -175,26 +177,26 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(toy, straight, capsys, na
 def test_resuming_from_a_named_checkpoint_into_a_new_folder(toy, straight):
     folder = train_until_stopped(toy(), 5)
     flags = toy(resume_from_checkpoint=str(folder / "checkpoint-5"))
-    assert_same_bits(tensors_of(train_toy(flags), 12), tensors_of(straight, 12))
+    assert_same_bits(tensors_of(fit_toy(flags), 12), tensors_of(straight, 12))
     assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-5"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_to_the_script_saves_the_step_it_was_at(toy, number, code):
+def test_a_signal_to_the_script_saves_the_step_it_was_at(toy, tmp_path, number, code):
     flags = toy(max_train_steps=100_000, checkpointing_steps=100_000)
     folder = Path(flags["output_dir"])
-    process = subprocess.Popen(
-        [sys.executable, *command_line(flags)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment()
-    )
+    with (tmp_path / "said").open("wb") as said:
+        process = warm.start(SCRIPT, *words(flags), stderr=said)
     try:
         while not (folder / "log.jsonl").is_file() or len(log_of(folder)) < 2:
-            assert process.poll() is None, process.stderr.read().decode()
-            time.sleep(0.05)
+            assert process.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.02)
         process.send_signal(number)
         done = max(log_of(folder))
-        said = process.communicate(timeout=60)[1].decode()
+        process.wait()
     finally:
         process.kill()
+    said = (tmp_path / "said").read_text()
     assert process.returncode == code and "Traceback" not in said, said
     assert "the same command resumes" in said
     (checkpoint,) = list_checkpoints(folder)
@@ -211,14 +213,28 @@ from pathlib import Path
 import torch
 from pyrdiff.methods.pddpm import METHOD, PyramidalSettings
 from pyrdiff.training import checkpoints
-from pyrdiff.training.loop import train
+from pyrdiff.training.loop import prepare
 
 torch.set_num_threads(1)
-settings, errors = PyramidalSettings(**json.loads(sys.argv[1])), sys.argv[2]
+settings, errors, rounds = PyramidalSettings(**json.loads(sys.argv[1])), sys.argv[2], int(sys.argv[3])
 folder = Path(settings.output_dir)
 chance = random.Random(0)
+DISK_CALLS = 9  # of a save before its rename: four files, each written and synced, and the folder synced
 
-def train_and_tell(pipe):
+
+def die_in_second_save(call):
+    # As the process of kill -9: at this write or sync, of all that come after the first save.
+    left = [DISK_CALLS + 1 + call]
+    def dying(function):
+        def counted(*arguments):
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            return function(*arguments)
+        return counted
+    checkpoints._write, os.fsync = dying(checkpoints._write), dying(os.fsync)
+
+def train_and_tell(pipe, call):
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
     save = checkpoints.save_checkpoint
@@ -228,74 +244,71 @@ def train_and_tell(pipe):
         os.write(pipe, f"done {step}\\n".encode())
         return path
     checkpoints.save_checkpoint = save_and_tell
-    train(METHOD, settings)
+    if call is not None:
+        die_in_second_save(call)
+    prepare(METHOD, settings).fit()
 
-def wait_for(word):
-    while not (line := events.readline().decode()).startswith(word):
-        assert line, "training ended: " + open(errors).read()[-2000:]
-    reached.update({"begun": int(line.split()[1]), word: int(line.split()[1])})
-    return time.monotonic()
-
-reports, before, saving, stepping = [], 0, 0.02, 0.05
-for moment in ["starting", "saving", "anywhere", "saving"] * 5:
+reports, before = [], 0
+for moment in ["starting", "saving", "anywhere", "saving"] * rounds:
     reader, writer = os.pipe()
+    call = chance.randrange(DISK_CALLS) if moment == "saving" else None
     pid = os.fork()
     if pid == 0:
         try:
-            train_and_tell(writer)
+            train_and_tell(writer, call)
         except BaseException as error:
             os.write(2, repr(error).encode())
         finally:
             os._exit(1)
     os.close(writer)
-    events, reached = open(reader, "rb", buffering=0), dict(begun=0, done=0)
+    events, reached = open(reader), dict(begun=0, done=0)
     if moment == "starting":
         time.sleep(chance.uniform(0, 0.4))
-    else:
-        begun, done = wait_for("begun"), wait_for("done")
-        saving = done - begun
-        if moment == "saving":
-            stepping = wait_for("begun") - done
-            time.sleep(chance.uniform(0, 0.9 * saving))
-        else:
-            time.sleep(chance.uniform(0, stepping + saving))
-    os.kill(pid, signal.SIGKILL)
+    elif moment == "anywhere":
+        for _ in range(2):
+            word, step = events.readline().split()
+            reached[word] = int(step)
+        time.sleep(chance.uniform(0, 0.1))
+    if moment != "saving":
+        os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
-    for line in events.read().decode().splitlines():
+    for line in events:
         word, step = line.split()
         reached[word] = int(step)
     events.close()
     damaged, newest = [], checkpoints.newest_checkpoint(folder, lambda *said: damaged.append(str(said)))
     step = 0 if newest is None else checkpoints.load_checkpoint(newest)[1]["step"]
     strays = [path.name for path in folder.glob(".checkpoint-*")] if folder.exists() else []
-    reports.append(dict(moment=moment, killed=os.WIFSIGNALED(status), before=before, step=step, damaged=damaged,
-                        strays=strays, **reached))
+    killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    found = dict(step=step, damaged=damaged, strays=strays)
+    reports.append(dict(moment=moment, killed=killed, before=before, **found, **reached))
     before = step
 print(json.dumps(reports))
 sys.stdout.flush()
 os.dup2(2, 1)
-train(METHOD, settings)
+prepare(METHOD, settings).fit()
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked processes")
-def test_20_kills_lose_no_checkpoint_and_change_no_bit(toy, tmp_path):
-    flags = toy(max_train_steps=60, checkpointing_steps=1)
-    command = [sys.executable, "-c", KILLS, json.dumps(flags), str(tmp_path / "errors")]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment())
+def test_kills_lose_no_checkpoint_and_change_no_bit(toy, tmp_path, runslow):
+    rounds = 5 if runslow else 2
+    flags = toy(max_train_steps=12 * rounds, checkpointing_steps=1)
+    result = warm.run(KILLS, json.dumps(flags), tmp_path / "errors", rounds)
     assert result.returncode == 0, result.stderr[-3000:]
     reports = json.loads(result.stdout.splitlines()[0])
-    assert len(reports) == 20
+    assert len(reports) == 4 * rounds
     for report in reports:
         assert report["killed"] and report["damaged"] == [], report
         assert max(report["before"], report["done"]) <= report["step"] <= max(report["before"], report["begun"]), report
-        assert len(report["strays"]) <= 1, report
-    inside = [report for report in reports if any(".writing-" in name for name in report["strays"])]
-    assert len(inside) >= 5, reports
-    assert reports[-1]["step"] > 15
+        writing = [name for name in report["strays"] if ".writing-" in name]
+        if report["moment"] == "saving":
+            assert len(writing) == 1 and report["step"] == report["before"] + 1, report
+        else:
+            assert len(report["strays"]) <= 1, report
 
-    killed, whole = Path(flags["output_dir"]), train_toy(toy(max_train_steps=60))
-    assert_same_bits(tensors_of(killed, 60), tensors_of(whole, 60))
+    killed, whole = Path(flags["output_dir"]), fit_toy(toy(max_train_steps=12 * rounds))
+    assert_same_bits(tensors_of(killed, 12 * rounds), tensors_of(whole, 12 * rounds))
     assert log_of(killed) == log_of(whole)
     assert not list(killed.glob(".*"))
 
@@ -315,7 +328,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_is_written_down(toy, straig
     flags = toy(checkpointing_steps=1)
     folder = Path(flags["output_dir"])
     with pytest.raises(TrainingDiverged, match="at step 8.*failure-8.json"):
-        train_toy(flags, with_loss(spoil))
+        fit_toy(flags, with_loss(spoil))
 
     (failure,) = folder.glob("failure-*.json")
     assert failure.name == "failure-8.json"
@@ -332,13 +345,13 @@ def test_a_step_that_is_not_finite_stops_the_run_and_is_written_down(toy, straig
     assert all(value.isfinite().all() for value in tensors_of(folder, 7).values())
     assert max(log_of(folder)) == 7
     if what == "nan loss":
-        assert_same_bits(tensors_of(train_toy(flags), 12), tensors_of(straight, 12))
+        assert_same_bits(tensors_of(fit_toy(flags), 12), tensors_of(straight, 12))
 
 
 def test_one_bad_batch_of_an_accumulated_step_is_enough(toy):
     flags = toy(gradient_accumulation_steps=3, random_flip=True)
     with pytest.raises(TrainingDiverged, match="at step 2"):
-        train_toy(flags, with_loss(lambda call, loss, _: loss * math.nan if call == 4 else None))
+        fit_toy(flags, with_loss(lambda call, loss, _: loss * math.nan if call == 4 else None))
     report = json.loads((Path(flags["output_dir"]) / "failure-2.json").read_text())
     images = ImageLevels.build(flags["train_data_dir"], [8, 16])
     batches = MultiScaleBatches(images, 4, random_flip=True, seed=5, accumulation=3)
@@ -351,20 +364,29 @@ def test_one_bad_batch_of_an_accumulated_step_is_enough(toy):
 
 
 @pytest.fixture(scope="module")
-def processes(toy):
-    """(1 process with a batch of 8, 2 processes with batches of 4 and sample grids, how the second command ended)."""
+def processes(toy, tmp_path_factory) -> tuple[Path, Path, list[str]]:
+    """1 process with a batch of 8; 2 processes with batches of 4 and a sample grid, and what each of them printed."""
     changes = dict(gradient_accumulation_steps=2, random_flip=True)
     flags = toy(**changes, train_batch_size=4, save_images_steps=12, eval_batch_size=1)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    result = subprocess.run(
-        [*command, *command_line(flags)], capture_output=True, text=True, timeout=200, env=environment()
-    )
-    return train_toy(toy(**changes, train_batch_size=8)), Path(flags["output_dir"]), result
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launched, places = [], [tmp_path_factory.mktemp("process") / "said" for _ in range(2)]
+    for rank, place in enumerate(places):  # as torchrun starts them
+        of_rank = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        of_rank |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, **{name: str(value) for name, value in of_rank.items()}}
+        with place.open("wb") as said:
+            launched.append(warm.start(SCRIPT, *words(flags), env=environment, stdout=said, stderr=said))
+    codes = [process.wait() for process in launched]
+    said = [place.read_text() for place in places]
+    assert codes == [0, 0], said
+    return fit_toy(toy(**changes, train_batch_size=8)), Path(flags["output_dir"]), said
 
 
 def test_two_processes_train_like_one_with_twice_the_batch(processes):
-    one, two, result = processes
-    assert "of 2 processes" in result.stdout or "x 2 processes" in result.stdout, result.stderr[-3000:]
+    one, two, said = processes
+    assert "of 2 processes" in said[0] and said[1].count("\n") < 5
     expected, found = log_of(one), log_of(two)
     assert list(found) == list(expected) == list(range(1, 13))
     for step, (loss, rate, resolution) in expected.items():
@@ -381,8 +403,7 @@ def test_two_processes_train_like_one_with_twice_the_batch(processes):
 
 
 def test_two_processes_export_the_pipeline(processes):
-    _, two, result = processes
-    assert result.returncode == 0, result.stderr[-3000:]
+    _, two, _ = processes
     assert (two / "samples" / "step-0000012.png").is_file()
     assert pyrdiff.load(two / "pipeline") is not None
 
@@ -413,7 +434,7 @@ def test_a_run_that_does_not_fit_its_folder_is_refused_and_writes_nothing(toy, s
     folder = shutil.copytree(straight, tmp_path / "run")
     before = contents(folder)
     with pytest.raises(ValueError) as caught:
-        train_toy(toy(output_dir=str(folder), **changes))
+        fit_toy(toy(output_dir=str(folder), **changes))
     assert named in str(caught.value) and "expected" in str(caught.value)
     assert contents(folder) == before
 
@@ -422,16 +443,16 @@ def test_a_checkpoint_of_other_images_is_refused(toy, straight, tmp_path):
     np.save(tmp_path / "others.npy", np.zeros((24, 16, 16, 3), np.uint8))
     before = contents(straight)
     with pytest.raises(ValueError, match="checkpoint-12 .*data="):
-        train_toy(toy(output_dir=str(straight), train_data_dir=str(tmp_path / "others.npy")))
+        fit_toy(toy(output_dir=str(straight), train_data_dir=str(tmp_path / "others.npy")))
     assert contents(straight) == before
 
 
 def test_a_checkpoint_without_average_is_refused_where_one_is_wanted(toy):
     flags = toy(use_ema=False, max_train_steps=1)
-    folder = train_toy(flags)
+    folder = fit_toy(flags)
     before = contents(folder)
     with pytest.raises(ValueError, match="use_ema=True.*checkpoint-1.*expected use_ema=False"):
-        train_toy({**flags, "use_ema": True})
+        fit_toy({**flags, "use_ema": True})
     assert contents(folder) == before
 
 
@@ -445,7 +466,7 @@ def test_resuming_from_something_that_is_not_a_checkpoint(toy, straight, tmp_pat
         flip_a_byte(path / "ema.safetensors")
     flags = toy(resume_from_checkpoint=str(path))
     with pytest.raises(CheckpointError) as caught:
-        train_toy(flags)
+        fit_toy(flags)
     assert str(path / ("manifest.json" if kind == "an empty folder" else "ema.safetensors")) in str(caught.value)
     assert not Path(flags["output_dir"]).exists()
 
@@ -457,7 +478,7 @@ def test_a_folder_that_is_something_else_is_refused(toy, tmp_path):
     before = contents(tmp_path)
     for path in (tmp_path / "letters", tmp_path / "file"):
         with pytest.raises(ValueError) as caught:
-            train_toy(toy(output_dir=str(path)))
+            fit_toy(toy(output_dir=str(path)))
         assert f"output_dir={str(path)!r}: expected" in str(caught.value)
     assert contents(tmp_path) == before
 
@@ -479,7 +500,7 @@ def test_a_folder_that_is_something_else_is_refused(toy, tmp_path):
 def test_what_no_run_can_be_made_of_is_refused_and_writes_nothing(toy, changes, named):
     flags = toy(**changes)
     with pytest.raises(ValueError) as caught:
-        train_toy(flags)
+        fit_toy(flags)
     assert named in str(caught.value)
     assert not Path(flags["output_dir"]).exists()
 
@@ -522,7 +543,7 @@ def test_a_budget_in_minutes_is_kept_and_used_up(toy, clock, changes, steps):
     flags = toy(minutes=1, lr_warmup_steps=10, checkpointing_steps=1000, **changes)
     del flags["max_train_steps"]
     folder = Path(flags["output_dir"])
-    train(clock.method, PyramidalSettings(**flags), clock=clock)
+    prepare(clock.method, PyramidalSettings(**flags), clock=clock).fit()
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == steps and newest_checkpoint(folder) == folder / f"checkpoint-{steps}"
     if steps > 1:
@@ -540,7 +561,7 @@ def test_sample_grids_are_written_and_change_nothing(toy, straight):
 def test_a_short_noise_process_trains_with_sample_grids_or_is_refused_at_once(toy):
     flags = toy(ddpm_num_steps=20, save_images_steps=1, eval_batch_size=1, max_train_steps=1)
     try:
-        train_toy(flags)
+        fit_toy(flags)
     except ValueError:
         assert not Path(flags["output_dir"]).exists()
 

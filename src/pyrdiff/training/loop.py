@@ -23,6 +23,7 @@ from . import checkpoints, reports
 from .folder import RunFolder, refuse_other_folder
 from .learner import Learner, learning_rate
 from .losses import Draws
+from .outcomes import Launched, Outcome, launched
 from .settings import TrainingDiverged, TrainingSettings, TrainingStopped
 from .stopping import TIME_IS_UP, Budget, Signals, Stopwatch
 
@@ -38,11 +39,12 @@ class Stage(NamedTuple):
 
 
 class Surroundings(NamedTuple):
-    """What the runs of one training share."""
+    """What the runs of one training share; `repo_id` is where the pipeline is to be published, if anywhere."""
 
     accelerator: Accelerator
     batches: MultiScaleBatches
     watch: Stopwatch
+    repo_id: str | None
 
 
 @dataclass
@@ -55,34 +57,6 @@ class DeviceBatch:
     images: torch.Tensor
     boxes: torch.Tensor | None
     level: int = 0
-
-
-class Outcome(NamedTuple):
-    """The numbers of a step, over all processes; `stop` is 0, the number of a signal, or TIME_IS_UP."""
-
-    loss: float
-    gradient_norm: float
-    stop: int
-
-
-class Launched(NamedTuple):
-    """
-    A step that a GPU may still be working on: its number from 1, its level and rate, the values of its `Outcome` on
-    their way to the CPU, and the event of their arrival.
-    """
-
-    step: int
-    level: int
-    rate: float
-    values: torch.Tensor
-    arrived: "torch.cuda.Event | None"
-
-    def outcome(self) -> Outcome:
-        """Waits for the numbers."""
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        loss, norm, stop = self.values.tolist()
-        return Outcome(loss, norm, int(stop))
 
 
 def train(method: Method, settings: TrainingSettings, clock: Callable[[], float] = time.monotonic) -> Path:
@@ -103,6 +77,19 @@ def train(method: Method, settings: TrainingSettings, clock: Callable[[], float]
         TrainingStopped: after SIGTERM or SIGINT, a checkpoint saved.
         TrainingDiverged: when the loss is not finite; the last finite checkpoint is kept.
     """
+    run = prepare(method, settings, clock)
+    run.fit()
+    return run.export()
+
+
+def prepare(method: Method, settings: TrainingSettings, clock: Callable[[], float] = time.monotonic) -> "Run":
+    """
+    Everything before the first step, or before the next one of a run that resumes: networks, data, and the whole
+    training of what the method builds on. Arguments and errors are those of `train`.
+
+    Returns:
+        The run; `fit` trains it and `export` saves and publishes the pipeline.
+    """
     watch, accelerator = Stopwatch(clock), _accelerator(settings)
     stages = _stages(method, settings)
     for stage in stages:
@@ -115,7 +102,7 @@ def train(method: Method, settings: TrainingSettings, clock: Callable[[], float]
     if accelerator.is_main_process:
         for stage in stages:
             checkpoints.sweep_strays(stage.folder)
-    surroundings = Surroundings(accelerator, _batches(settings, accelerator), watch)
+    surroundings = Surroundings(accelerator, _batches(settings, accelerator), watch, repo_id)
 
     given = None
     if len(stages) > 1:
@@ -126,14 +113,7 @@ def train(method: Method, settings: TrainingSettings, clock: Callable[[], float]
         accelerator.free_memory()  # its optimiser, above all
     run = Run(stage, networks.pop(), surroundings, given)
     _refuse_other_classes(method, run.pipeline)
-    run.fit()
-    target = run.export()
-    if repo_id is not None:
-        try:
-            print(f"published {hub.push(target, repo_id).url}", flush=True)
-        except OSError as error:
-            raise OSError(f"{error} The model is in {target}: pyrdiff push {target} {repo_id}") from error
-    return target
+    return run
 
 
 def _accelerator(settings: TrainingSettings) -> Accelerator:
@@ -215,7 +195,7 @@ class Run:
 
     def __init__(self, stage: Stage, network: torch.nn.Module, surroundings: Surroundings, given: str | None = None):
         self.method, self.settings, _ = stage
-        self.accelerator, self.batches, self.watch = surroundings
+        self.accelerator, self.batches, self.watch, self.repo_id = surroundings
         self.images = self.batches.images
         self.scheduler = self.method.scheduler(self.settings, self.images)
         self.pipeline = self.method.pipeline(self.settings, network, self.scheduler, self.images)
@@ -275,11 +255,11 @@ class Run:
                 # reads the same numbers at the same place, so all of them stop together.
                 behind = 0 if on_cpu or saving or logging else 1
                 while len(unread) > (0 if stop else behind):
-                    launched = unread.pop(0)
-                    outcome = self.checked(launched)
+                    step = unread.pop(0)
+                    outcome = self.checked(step)
                     stop = stop or outcome.stop
                 if logging and is_main:
-                    reports.log_step(self, launched, outcome.loss)
+                    reports.log_step(self, step, outcome.loss)
                 if saving or stop:
                     self._save()
                 if self.step > warm:
@@ -324,7 +304,8 @@ class Run:
         if learner.ema is not None:
             learner.ema.step(learner.parameters)
         self.step += 1
-        return Launched(self.step, batch.level, rate, *self._gathered(torch.stack(losses).mean(), norm))
+        loss = torch.stack(losses).mean()
+        return launched(accelerator, self.step, batch.level, rate, loss, norm, self._stop_request())
 
     def _on_device(self, batch) -> DeviceBatch:
         """The batch on the device, moved without waiting for the work that a GPU has queued."""
@@ -337,35 +318,21 @@ class Run:
         boxes = None if batch.boxes is None else moved(batch.boxes)
         return DeviceBatch(images.div_(127.5).sub_(1), boxes, batch.level)
 
-    def _gathered(self, loss: torch.Tensor, norm: torch.Tensor) -> tuple[torch.Tensor, "torch.cuda.Event | None"]:
-        """The values of a step's `Outcome` over all processes, on their way to the CPU, and the event of arrival."""
-        stop = torch.full_like(loss, self._stop_request())
-        if self.accelerator.num_processes > 1:
-            loss = self.accelerator.reduce(loss, "mean")
-            stop = self.accelerator.gather(stop[None]).max()
-        values = torch.stack((loss.float(), norm.float(), stop.float()))
-        if not values.is_cuda:
-            return values, None
-        # Copied as soon as the step is done; who reads it waits for this step only, not for what is queued after it.
-        values, arrived = values.to("cpu", non_blocking=True), torch.cuda.Event()
-        arrived.record()
-        return values, arrived
-
     def _stop_request(self) -> int:
         """The number of a signal that came, TIME_IS_UP, or 0."""
         return self.signals.number or (TIME_IS_UP if self.budget.seconds_left < 0 else 0)
 
-    def checked(self, launched: Launched) -> Outcome:
+    def checked(self, step: Launched) -> Outcome:
         """A step's numbers; if they are not finite, the batch is written down and the run ends."""
-        outcome = launched.outcome()
+        outcome = step.outcome()
         fp16_skips = self.accelerator.scaler is not None  # a step whose gradient overflows
         if math.isfinite(outcome.loss) and (math.isfinite(outcome.gradient_norm) or fp16_skips):
             return outcome
         if self.accelerator.is_main_process:
-            self.folder.write_failure(self._failure(launched.step, outcome))
+            self.folder.write_failure(self._failure(step.step, outcome))
         raise TrainingDiverged(
-            f"loss {outcome.loss}, gradient norm {outcome.gradient_norm} at step {launched.step}: stopped; "
-            f"{self.folder.failure_path(launched.step)} names the batch, and the last checkpoint is from before. "
+            f"loss {outcome.loss}, gradient norm {outcome.gradient_norm} at step {step.step}: stopped; "
+            f"{self.folder.failure_path(step.step)} names the batch, and the last checkpoint is from before. "
             "A lower learning_rate often helps"
         )
 
@@ -466,7 +433,11 @@ class Run:
         return self.learner.lay_out(network).eval().requires_grad_(False)
 
     def export(self) -> Path:
-        """Exports the pipeline with the averaged weights, after a last sample grid; returns its folder."""
+        """Exports the pipeline with the averaged weights, after a last sample grid; publishes it where that is wanted.
+
+        Returns:
+            The exported folder.
+        """
         target = self.folder.path / "pipeline"
         self._last_preview()
         if self.accelerator.is_main_process:
@@ -484,6 +455,11 @@ class Run:
             if self.step <= self.settings.lr_warmup_steps:
                 print(f"note: {self.step} steps are no more than lr_warmup_steps: it has learnt next to nothing")
         self.accelerator.end_training()
+        if self.repo_id is not None:
+            try:
+                print(f"published {hub.push(target, self.repo_id).url}", flush=True)
+            except OSError as error:
+                raise OSError(f"{error} The model is in {target}: pyrdiff push {target} {self.repo_id}") from error
         return target
 
     def _last_preview(self) -> None:

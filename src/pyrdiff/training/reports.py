@@ -11,7 +11,8 @@ import torch
 import pyrdiff
 
 if TYPE_CHECKING:
-    from .loop import Launched, Run
+    from .loop import Run
+    from .outcomes import Launched
 
 
 def versions() -> dict[str, str]:
@@ -34,13 +35,13 @@ def opening(run: "Run") -> None:
         accelerator.init_trackers(run.method.name, config=config)
 
 
-def log_step(run: "Run", launched: "Launched", loss: float) -> None:
+def log_step(run: "Run", step: "Launched", loss: float) -> None:
     """A line of log.jsonl, and the tracker's numbers."""
     values = {
-        "step": launched.step,
-        "resolution": "{}x{}".format(*run.settings.sizes[launched.level]),
+        "step": step.step,
+        "resolution": "{}x{}".format(*run.settings.sizes[step.level]),
         "loss": loss,
-        "learning_rate": launched.rate,
+        "learning_rate": step.rate,
         "seconds": round(run.watch.seconds, 3),
         "step_seconds": round(run.budget.step_seconds, 4),
         "total_steps": run.total_steps,
