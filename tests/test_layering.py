@@ -16,7 +16,7 @@ ROOMS = {
     "parts": set(),
     "data": {"data"},
     "metrics": {"metrics", "data"},
-    "plan": {"plan", "data", "machine"},
+    "plan": {"plan", "data", "machine", "metrics"},
     "machine.py": set(),
     "plugins.py": set(),
     "training": {"training", "plugins", "data", "models", "schedulers", "pipelines", "hub"},
