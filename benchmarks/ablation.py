@@ -8,15 +8,17 @@ Score trainings that differ in one thing, on the same noise, over several seeds 
 The part of a name before the comma is the group that its mean is taken over. `--grids` writes samples to look at.
 """
 
-import argparse
-import os
 import statistics
 import time
 from pathlib import Path
 
-import numpy as np
 import report
 import scoring
+import torch
+from flags import SCORED, parser_of
+from pictures import write_grid
+
+import pyrdiff
 
 SAMPLERS = {
     "pyramid": dict(num_inference_steps=100, refine_steps=8),
@@ -25,10 +27,6 @@ SAMPLERS = {
 
 
 def measure(options) -> dict:
-    import torch
-
-    import pyrdiff
-
     torch.set_num_threads(options.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scorer, rows, shape = None, [], None
@@ -39,32 +37,19 @@ def measure(options) -> dict:
         if shape not in (None, (size, channels)):
             raise ValueError(f"--arm {name!r}: gives {size}, {channels} channels; expected {shape} as the first does")
         shape = (size, channels)
-        if scorer is None:
-            scorer = scoring.Scorer(
-                options.reference,
-                options.array_key,
-                *shape,
-                options.features,
-                options.weights,
-                device,
-                0,
-                options.reference_images,
-                options.seed,
-                resamples=100,
-            )
+        scorer = scorer or scoring.Scorer.of(options, *shape, device, held=0)
         for sampler, arguments in SAMPLERS.items():
-            if sampler == "top only":
-                arguments = {**arguments, "resolutions": [size]}
+            arguments = {**arguments, "resolutions": [size]} if sampler == "top only" else arguments
             count = options.images if sampler == "pyramid" else options.top_images
-            began, images = time.perf_counter(), []
-            for first in range(0, count, options.batch_size):
-                seeds = range(first, min(first + options.batch_size, count))
-                generators = [torch.Generator().manual_seed(options.seed * 1_000_000 + seed) for seed in seeds]
-                part = pipeline(len(seeds), generator=generators, output_type="latent", **arguments).images
-                images.append(scoring.to_uint8(part.float().cpu()))
-            if not images:
+            if not count:
                 continue
-            images = np.concatenate(images)
+
+            def make(indices: range, pipeline=pipeline, arguments=arguments) -> torch.Tensor:
+                generators = scoring.generators(options.seed, indices)
+                return pipeline(len(indices), generator=generators, output_type="latent", **arguments).images.float()
+
+            began = time.perf_counter()
+            images = scoring.to_uint8(scoring.in_batches(make, count, options.batch_size))
             row = {
                 "name": name,
                 "group": name.split(",")[0],
@@ -77,7 +62,7 @@ def measure(options) -> dict:
             rows.append(row)
             print(f"{name}, {sampler}: {row['frechet']:.1f} in {time.perf_counter() - began:.0f} s", flush=True)
             if options.grids:
-                save_grid(images[:48], Path(options.grids) / f"{name} {sampler}.png".replace(" ", "_"))
+                write_grid(images[:48], Path(options.grids) / f"{name} {sampler}.png", columns=12)
     return {
         "bench": "ablation",
         "title": options.title,
@@ -86,19 +71,6 @@ def measure(options) -> dict:
         **report.surroundings(options.threads),
         "rows": rows,
     }
-
-
-def save_grid(images, path: Path) -> None:
-    """Samples, uint8 [N, H, W, C], twelve a row."""
-    from PIL import Image
-
-    count, height, width, channels = images.shape
-    columns = min(12, count)
-    rows = count // columns
-    grid = images[: rows * columns].reshape(rows, columns, height, width, channels).transpose(0, 2, 1, 3, 4)
-    pixels = grid.reshape(rows * height, columns * width, channels)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.squeeze(-1) if channels == 1 else pixels).save(path)
 
 
 def table(result: dict) -> str:
@@ -127,21 +99,9 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, *SCORED, "batch_size", "seed", "grids", images=256, title="")
     parser.add_argument("--arm", action="append", required=True, help="NAME=FOLDER of an exported pipeline")
-    parser.add_argument("--reference", required=True, help="images to compare with, best held out")
-    parser.add_argument("--array_key", help="array of an .npz reference")
-    parser.add_argument("--features", default="squeezenet")
-    parser.add_argument("--weights", help="of the feature network")
-    parser.add_argument("--images", type=int, default=256, help="sampled by the pyramid")
     parser.add_argument("--top_images", type=int, default=0, help="sampled at the top level only")
-    parser.add_argument("--reference_images", type=int, default=2000)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--grids", help="folder for samples to look at")
-    parser.add_argument("--title", default="", help="what the table says first")
-    parser.add_argument("--output", required=True, help="JSON to write")
     options = parser.parse_args()
     for arm in options.arm:
         if "=" not in arm or not Path(arm.rsplit("=", 1)[1]).is_dir():

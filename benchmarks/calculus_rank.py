@@ -2,15 +2,19 @@
 Does the Gaussian calculus rank the plans of a trained network as its Frechet distances do? With a perfect network in
 it, with the error that the network makes on held-out images added, and with the gain that it really has:
 
-    python benchmarks/calculus_rank.py --model runs/pddpm/pipeline --reference my_test_images \
+    python benchmarks/calculus_rank.py --model runs/pddpm/pipeline --train my_images --reference my_test_images \
         --bench benchmarks/results/mine.json --output benchmarks/results/calculus_rank.json
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import report
+from calculus import Modes, enlarge, half_log_snr, perfect_response, signal_and_noise, step_coefficients
+from fitting import level_steps
+from flags import parser_of
+from samplers import build_scheduler
+from spectra import Spectra, radial_covariance
 
 MEMORY = 1.0  # distance in log(a / s) over which the network's error at one call resembles that at another
 
@@ -21,9 +25,6 @@ def respond(network, alphas_cumprod, images, spectra, points: int, seed: int) ->
     on the noisy image; `excess`, its squared error beyond that of the best linear estimate; [points, C, bins] a level.
     """
     import torch
-
-    from pyrdiff.data import radial_covariance
-    from pyrdiff.plan.gaussian import half_log_snr, signal_and_noise
 
     grid = half_log_snr(alphas_cumprod)
     wanted = torch.linspace(float(grid[-1]), float(grid[0]), points, dtype=torch.float64)
@@ -59,10 +60,8 @@ def respond(network, alphas_cumprod, images, spectra, points: int, seed: int) ->
 
 
 def run_with_error(levels, gain_at, error_at):
-    """`pyrdiff.plan.delivered`, and beside it the variance that the network's error adds, correlated between calls."""
+    """`calculus.delivered`, and beside it the variance that the network's error adds, correlated between calls."""
     import torch
-
-    from pyrdiff.plan.gaussian import enlarge, signal_and_noise, step_coefficients
 
     power = error = None
     for index, level in enumerate(levels):
@@ -111,10 +110,7 @@ def rank_correlation(one: list[float], other: list[float]) -> float:
 
 def plans_of(result: dict, pipeline) -> dict[str, tuple]:
     """The scored arms whose solver the calculus knows: name -> (levels, distance, octaves, NFE-eq)."""
-    from bench import build_scheduler
-
     import pyrdiff
-    from pyrdiff.plan import level_steps
 
     found, alphas = {}, pipeline.scheduler.alphas_cumprod
     for name, arm in result["arms"].items():
@@ -140,14 +136,14 @@ def measure(options) -> dict:
 
     import pyrdiff
     from pyrdiff.data import ImageLevels, open_source
-    from pyrdiff.plan import Spectra
-    from pyrdiff.plan.gaussian import Modes, perfect_response
 
     torch.set_num_threads(options.threads)
     pipeline = pyrdiff.load(options.model)
-    spectra, config = Spectra.from_dict(pipeline.config.spectra), pipeline.unet.config
-    source = open_source(options.reference, array_key=options.array_key)
-    arrays = ImageLevels.build(source, spectra.sizes, channels=config.image_channels).arrays
+    config = pipeline.unet.config
+    sizes = [level.size for level in pipeline.plan(num_inference_steps=2, refine_steps=2, refine_strength=1.0).levels]
+    known = dict(sizes=sizes, channels=config.image_channels)
+    spectra = Spectra.of(ImageLevels.build(open_source(options.train, array_key=options.train_key), **known))
+    arrays = ImageLevels.build(open_source(options.reference, array_key=options.array_key), **known).arrays
     order = torch.randperm(len(arrays[0]), generator=torch.Generator().manual_seed(options.seed)).numpy()
     images = []
     for array in arrays:  # as many pixels at every level
@@ -184,8 +180,8 @@ def measure(options) -> dict:
         scores = {}
         for variant, responses in variants.items():
             power, error = run_with_error(levels, *responses)
-            away = (((power / truth).sqrt() - 1).square() + error / truth) * modes.count
-            scores[variant] = torch.stack([away[:, m].sum(1) / modes.count[m].sum() for m in modes.octaves()]).mean()
+            away = ((power / truth).sqrt() - 1).square() + error / truth
+            scores[variant] = modes.octave_means(away).mean()
         rows.append(
             {
                 "name": name,
@@ -229,16 +225,11 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="exported pipeline with spectra")
+    parser = parser_of(__doc__, "model", "reference", "array_key", "seed", images=256, threads=1)
+    parser.add_argument("--train", required=True, help="images that the model was trained on, for their spectra")
+    parser.add_argument("--train_key", help="array of an .npz of those")
     parser.add_argument("--bench", required=True, help="JSON of bench.py with scores of that model")
-    parser.add_argument("--reference", required=True, help="held-out images")
-    parser.add_argument("--array_key", help="array of an .npz reference")
-    parser.add_argument("--images", type=int, default=256, help="at the lowest level; fewer above")
     parser.add_argument("--points", type=int, default=12, help="noise levels")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", required=True, help="JSON to write")
     options = parser.parse_args()
     report.save(measure(options), options.output)
 

@@ -8,19 +8,20 @@ The times of n calls are start * ((n - k) / n) ** power of the process, k from 0
 would choose what is nearest to the mean of all answers.
 """
 
-import argparse
 import itertools
 import time
 
 import report
 import residual_sr
+import torch
+from samplers import SDE
 
 STARTS = (0.85, 0.92, 0.96)
 POWERS = (0.35, 0.5, 0.7, 1.0)
 SAMPLERS = {
     "ancestral": {},
     "DDIM": {"eta": 0.0},
-    "SDE-DPM-Solver++": {"scheduler": residual_sr.SDE},
+    "SDE-DPM-Solver++": {"scheduler": SDE},
 }
 
 
@@ -31,8 +32,6 @@ def times_of(train_steps: int, calls: int, start: float, power: float) -> list[i
 
 
 def measure(options) -> dict:
-    import torch
-
     torch.set_num_threads(options.threads)
     (model, (pipeline, folder)), *others = residual_sr.open_models(options).items()
     if others:
@@ -90,9 +89,9 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = residual_sr.parser_for(__doc__)
     parser.add_argument("--calls", type=int, nargs="+", default=[1, 2, 4, 8])
-    options = residual_sr.options_of(parser).parse_args()
+    options = parser.parse_args()
     report.save(measure(options), options.output)
 
 

@@ -1,13 +1,19 @@
 """
-Plans fitted to a model's own spectra (`pyrdiff.plan.fit`), and some made by hand, as arms for the bench:
+Plans fitted to the spectra of a model's images (`fitting.py`), and some made by hand, as arms for the bench:
 
-    python benchmarks/fitted_arms.py --model runs/pddpm/pipeline --output arms.json
+    python benchmarks/fitted_arms.py --model runs/pddpm/pipeline --train my_images --output arms.json
     python benchmarks/bench.py --arms arms.json ...
 """
 
-import argparse
 import json
 from pathlib import Path
+
+from fitting import fit
+from flags import parser_of
+from spectra import Spectra
+
+import pyrdiff
+from pyrdiff.data import ImageLevels, open_source
 
 FITTED = (("dpmsolver++", (10, 4, 4)), ("dpmsolver++", (20, 5, 5)), ("sde-dpmsolver++", (20, 4, 2)))
 SHORT = {"dpmsolver++": "DPM-Solver++", "sde-dpmsolver++": "SDE-DPM-Solver++"}
@@ -25,17 +31,14 @@ CLASSES = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="exported pipeline of three levels, with spectra")
-    parser.add_argument("--output", required=True, help="JSON to write")
+    parser = parser_of(__doc__, "model", "array_key")
+    parser.add_argument("--train", required=True, help="images that the model was trained on, for their spectra")
     options = parser.parse_args()
-    import pyrdiff
-    from pyrdiff.plan import Spectra, fit
-
-    pipeline = pyrdiff.load(options.model)
-    if not pipeline.config.spectra:
-        parser.error(f"--model {options.model}: has no spectra; expected a pipeline that the trainer exported")
-    spectra, arms = Spectra.from_dict(pipeline.config.spectra), {}
+    pipeline, arms = pyrdiff.load(options.model), {}
+    levels = pipeline.plan(num_inference_steps=2, refine_steps=2, refine_strength=1.0).levels
+    source = open_source(options.train, array_key=options.array_key)
+    images = ImageLevels.build(source, [level.size for level in levels], channels=pipeline.unet.config.image_channels)
+    spectra = Spectra.of(images)
     for solver, calls in FITTED:
         fitted = fit(spectra, pipeline.scheduler.alphas_cumprod, calls, solver)
         print(f"{solver} {calls}: power an octave {[round(value, 2) for value in fitted.octaves]}", flush=True)

@@ -4,16 +4,20 @@ training: for a natural spectrum (power ~ k^-2.5) at 8/16/32, the share of the p
 
     python benchmarks/gaussian.py --output benchmarks/results/gaussian.json
 
-The calculus of `pyrdiff.plan` stands beside runs of the real pipeline; rows whose solver it does not know are run only.
+The Gaussian calculus (`calculus.py`) stands beside runs of the real pipeline; rows whose solver it does not know are
+run only.
 """
 
-import argparse
 import time
 
 import report
 import torch
+from calculus import SOLVERS, Modes, solver_of
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from fitting import fit, level_steps, octave_shares
+from flags import parser_of
+from spectra import Spectra, radial_covariance
 
 SIDES = (8, 16, 32)
 DPM, SDE = ("DPMSolverMultistepScheduler", {}), ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"})
@@ -77,9 +81,6 @@ def measure(options) -> dict:
     import diffusers
 
     import pyrdiff
-    from pyrdiff.data import radial_covariance
-    from pyrdiff.plan import Spectra, fit, level_steps, octave_shares
-    from pyrdiff.plan.gaussian import SOLVERS, Modes, solver_of
 
     torch.set_num_threads(options.threads)
     ddpm = diffusers.DDPMScheduler()
@@ -108,7 +109,7 @@ def measure(options) -> dict:
             images = pipeline(500, generator=generator, output_type="latent", **arguments).images
             power = power + radial_covariance(images)[:, 0, 0]
         share = (power / len(range(0, options.images, 500)) / bins[-1][0])[modes.bins]
-        octaves = [((share * modes.count)[m].sum() / modes.count[m].sum()).item() for m in modes.octaves()]
+        octaves = modes.octave_means(share[None])[:, 0].tolist()
         difference = max(abs(a / b - 1) for a, b in zip(calculus, octaves, strict=True)) if calculus else None
         print(name, [round(value, 3) for value in octaves], difference, flush=True)
         return {
@@ -160,14 +161,9 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, help="JSON to write")
-    parser.add_argument("--images", type=int, default=4000, help="a multiple of 500")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
+    options = parser_of(__doc__, "seed", images=4000, threads=1).parse_args()
     if options.images < 500 or options.images % 500:
-        parser.error(f"--images {options.images}: expected a multiple of 500")
+        raise SystemExit(f"--images={options.images}: expected a multiple of 500")
     report.save(measure(options), options.output)
 
 

@@ -5,17 +5,16 @@ and its spread. No training: natural spectrum (power ~ k^-2.5), 8x8 means known 
     python benchmarks/gaussian_sr.py --output benchmarks/results/gaussian_sr.json
 """
 
-import argparse
 import math
 
 import report
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from flags import parser_of
+from samplers import DDIM, DDPM, DPM, SDE
 
 SIDE, FACTOR, POWER = 32, 4, 0.00664
-SDE = ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"})
-DPM, DDPM, DDIM = ("DPMSolverMultistepScheduler", {}), ("DDPMScheduler", {}), ("DDIMScheduler", {})
 
 
 def arms() -> dict[str, tuple]:
@@ -148,13 +147,10 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", required=True, help="JSON to write")
-    parser.add_argument("--images", type=int, default=16)
+    parser = parser_of(__doc__, "seed", images=16, threads=1)
     parser.add_argument("--samples", type=int, default=64, help="of each image")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
-    report.save(measure(parser.parse_args()), parser.parse_args().output)
+    options = parser.parse_args()
+    report.save(measure(options), options.output)
 
 
 if __name__ == "__main__":

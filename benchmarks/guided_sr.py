@@ -8,16 +8,20 @@ DPS and ILVR run as their papers have them, from pure noise at full size. DPS ta
 --slow_images says how many of the images it gets; the other arms are then compared with it on those.
 """
 
-import argparse
-import os
 import time
 from pathlib import Path
 
 import report
 import scoring
+import torch
+import torch.nn.functional as F
+from diffusers.utils.torch_utils import randn_tensor
+from flags import LPIPS, SCORED, parser_of
+from pictures import write_rows
+from samplers import DDIM, DDPM, DPM, SDE, scheduler_like
 
-SDE = ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"})
-DPM, DDPM, DDIM = ("DPMSolverMultistepScheduler", {}), ("DDPMScheduler", {}), ("DDIMScheduler", {})
+import pyrdiff
+from pyrdiff.pipelines.pipeline_guided_sr import SeparableOperator
 
 
 def arms(top: int) -> dict[str, dict]:
@@ -54,13 +58,10 @@ def arms(top: int) -> dict[str, dict]:
     return found
 
 
-def from_noise(pipeline, scheduler, operator, measured, generators, kind: str, steps: int, scale: float = 1.0):
+def from_noise(pipeline, operator, measured, generators, kind: str, steps: int, scale: float = 1.0):
     """DPS (Chung et al. 2023, algorithm 1) or ILVR (Choi et al. 2021, algorithm 1), ancestral steps from pure noise."""
-    import torch
-    import torch.nn.functional as F
-    from diffusers.utils.torch_utils import randn_tensor
-
     unet, size = pipeline.unet.requires_grad_(False), [factor.shape[1] for factor in operator.factors[:2]]
+    scheduler = pipeline.scheduler
     scheduler.set_timesteps(steps)
     wanted = 2 * measured - 1
     shape = (len(measured), measured.shape[1], *size)
@@ -91,82 +92,37 @@ def from_noise(pipeline, scheduler, operator, measured, generators, kind: str, s
 
 
 def measure(options) -> dict:
-    import diffusers
-    import torch
-    import torch.nn.functional as F
-
-    import pyrdiff
-    from pyrdiff.metrics import bootstrap_interval, lpips, psnr, ssim
-    from pyrdiff.pipelines.pipeline_guided_sr import SeparableOperator
-
     torch.set_num_threads(options.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = pyrdiff.load(options.model, pipeline_class="GuidedSRPipeline").to(device)
     pipeline.set_progress_bar_config(disable=True)
     resolutions, channels = pipeline.unet.config.resolutions, pipeline.unet.config.image_channels
     top = resolutions[-1]
-    scorer = scoring.Scorer(
-        options.reference, options.array_key, top, channels, options.features, options.weights, device,
-        options.images, options.reference_images, options.seed, options.resamples,
-    )  # fmt: skip
+    scorer = scoring.Scorer.of(options, top, channels, device, held=options.images)
     truth = torch.from_numpy(scorer.held).permute(0, 3, 1, 2).float() / 255
     small = top // options.factor
     operator = SeparableOperator.named(options.operator, (top, top), (small, small), channels)
     measured = (operator.A(truth).clamp(0, 1) * 255).round() / 255
-    config, rows = pipeline.scheduler.config, []
-    process = {key: config[key] for key in pyrdiff.PyramidalPipeline.NOISE_PROCESS if key in config}
-
+    base, rows = pipeline.scheduler, []
     for name, arm in arms(top).items():
         if options.only and not any(part in name for part in options.only):
             continue
-        settings = {key: value for key, value in arm.items() if key not in ("kind", "scheduler")}
         count = min(options.slow_images, options.images) if arm["kind"] == "dps" else options.images
         if not count:
             continue
         kind, changes = arm.get("scheduler", DDPM)
-        known = getattr(diffusers, kind).__init__.__wrapped__.__code__.co_varnames
-        scheduler = getattr(diffusers, kind)(**{k: v for k, v in process.items() if k in known}, **changes)
-        pipeline.register_modules(scheduler=scheduler)
-        images, calls, began = [], 0.0, time.perf_counter()
-        for first in range(0, count, options.batch_size):
-            part = measured[first : min(first + options.batch_size, count)].to(device)
-            generators = [torch.Generator().manual_seed(options.seed * 1_000_000 + first + k) for k in range(len(part))]
-            if arm["kind"] == "resize":
-                made = F.interpolate(part, (top, top), mode="bicubic").clamp(0, 1)
-            elif arm["kind"] == "guided":
-                made = pipeline(
-                    part, options.factor, operator=options.operator, generator=generators, output_type="pt", **settings
-                ).images
-            else:
-                made = from_noise(pipeline, scheduler, operator, part, generators, arm["kind"], **settings)
-            images.append((made.cpu() * 255).round() / 255)
+        pipeline.register_modules(scheduler=scheduler_like(base, kind, changes))
+        settings = {key: value for key, value in arm.items() if key not in ("kind", "scheduler")}
+        began = time.perf_counter()
+        images = enlarge(pipeline, operator, measured[:count], arm["kind"], settings, options)
         seconds = (time.perf_counter() - began) / count
-        if arm["kind"] == "guided":
-            names = ("resolutions", "refine_steps", "refine_strength", "spacing")
-            plan = pipeline.plan(small, options.factor, **{k: v for k, v in settings.items() if k in names})
-            calls = sum(level.nfe_eq for level in plan)
-        elif arm["kind"] != "resize":
-            calls = float(settings["steps"])
-        images = torch.cat(images)
-        known = dict(data_range=(0, 1))
-        each = {
-            "psnr": psnr(images, truth[:count], **known).per_image,
-            "ssim": ssim(images, truth[:count], **known).per_image,
-            "lpips": lpips(
-                images, truth[:count], **known, network=options.lpips, weights=options.lpips_weights
-            ).per_image,
-        }
         row = {
             "name": name,
             "settings": {**settings, "scheduler": kind, **changes},
             "images": count,
-            **{key: value.mean().item() for key, value in each.items()},
-            "lpips_slow": each["lpips"][: options.slow_images].mean().item() if options.slow_images else None,
-            "lpips_interval": list(
-                bootstrap_interval(lambda v: v.mean().item(), each["lpips"][:, None], resamples=1000, level=0.95)
-            ),
+            **scores_of(images, truth[:count], options),
             "consistency_255": 255 * (operator.A(images) - measured[:count]).abs().mean().item(),
-            "nfe_eq": calls,
+            "nfe_eq": network_calls(pipeline, small, arm["kind"], settings, options.factor),
             "gradient": settings.get("guidance") in ("gradient", "paper") or arm["kind"] == "dps",
             "seconds_an_image": seconds,
         }
@@ -176,7 +132,7 @@ def measure(options) -> dict:
         rows.append(row)
         print(f"{name}: {row['psnr']:.2f} dB, LPIPS {row['lpips']:.4f}, {seconds:.2f} s an image", flush=True)
         if options.grids:
-            save_grid([measured[:8], images[:8], truth[:8]], Path(options.grids) / f"{name}.png".replace(" ", "_"))
+            write_rows([measured[:8], images[:8], truth[:8]], Path(options.grids) / f"{name}.png")
     return {
         "bench": "guided_sr",
         "title": options.title,
@@ -195,17 +151,38 @@ def measure(options) -> dict:
     }
 
 
-def save_grid(rows, path: Path) -> None:
-    """A row each for the input, the output and the truth, tensors [N, C, H, W] in [0, 1]."""
-    import torch
-    from PIL import Image
+def enlarge(pipeline, operator, measured, kind: str, settings: dict, options):
+    """Outputs of an arm, [N, C, H, W] in [0, 1], rounded to 8 bits as a file is."""
+    size = tuple(factor.shape[1] for factor in operator.factors[:2])
 
-    side = rows[-1].shape[-1]
-    rows = [torch.nn.functional.interpolate(row, (side, side), mode="nearest") for row in rows]
-    grid = torch.cat([row.permute(1, 2, 0, 3).flatten(2) for row in rows], 1)
-    pixels = (grid * 255).round().byte().permute(1, 2, 0).numpy()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)
+    def make(indices: range):
+        part = measured[indices.start : indices.stop].to(pipeline.unet.device)
+        generators = scoring.generators(options.seed, indices)
+        if kind == "resize":
+            return F.interpolate(part, size, mode="bicubic").clamp(0, 1)
+        if kind == "guided":
+            given = dict(operator=options.operator, generator=generators, output_type="pt", **settings)
+            return pipeline(part, options.factor, **given).images
+        return from_noise(pipeline, operator, part, generators, kind, **settings)
+
+    return (scoring.in_batches(make, len(measured), options.batch_size) * 255).round() / 255
+
+
+def network_calls(pipeline, small: int, kind: str, settings: dict, factor: int) -> float:
+    """NFE-eq of an arm."""
+    if kind == "guided":
+        names = ("resolutions", "refine_steps", "refine_strength", "spacing")
+        plan = pipeline.plan(small, factor, **{key: value for key, value in settings.items() if key in names})
+        return sum(level.nfe_eq for level in plan)
+    return float(settings.get("steps", 0))
+
+
+def scores_of(images, truth, options) -> dict:
+    """Means over the images; LPIPS also of those that the slow arms get, and with its interval."""
+    each = scoring.fidelity(images, truth, options)
+    few = each["lpips"][: options.slow_images].mean().item() if options.slow_images else None
+    means = {key: values.mean().item() for key, values in each.items()}
+    return {**means, "lpips_slow": few, "lpips_interval": scoring.interval_of_mean(each["lpips"])}
 
 
 def table(result: dict) -> str:
@@ -237,27 +214,10 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="exported pipeline of an unconditional network")
-    parser.add_argument("--reference", required=True, help="images that the network has not seen")
-    parser.add_argument("--array_key", help="array of an .npz reference")
+    parser = parser_of(__doc__, "model", *SCORED, *LPIPS, "images", "only", "batch_size", "seed", "grids", "title")
     parser.add_argument("--factor", type=int, default=4)
     parser.add_argument("--operator", default="bicubic")
-    parser.add_argument("--images", type=int, default=64, help="enlarged by every arm")
-    parser.add_argument("--slow_images", type=int, default=0, help="of them, by 1000 steps of DPS")
-    parser.add_argument("--only", nargs="*", help="arms whose name has one of these in it")
-    parser.add_argument("--features", default="squeezenet")
-    parser.add_argument("--weights", help="of the feature network")
-    parser.add_argument("--lpips", default="squeeze", choices=("alex", "squeeze", "vgg"))
-    parser.add_argument("--lpips_weights", help="of LPIPS' network")
-    parser.add_argument("--reference_images", type=int, default=2000)
-    parser.add_argument("--resamples", type=int, default=100)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--grids", help="folder for images to look at")
-    parser.add_argument("--title", default="Images,", help="what the table says first")
-    parser.add_argument("--output", required=True, help="JSON to write")
+    parser.add_argument("--slow_images", type=int, default=0, help="of the images, by 1000 steps of DPS")
     options = parser.parse_args()
     report.save(measure(options), options.output)
 

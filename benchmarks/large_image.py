@@ -8,13 +8,12 @@ The middle --side x --side pixels of the photograph are enlarged in windows. A p
 windows and without, from the same noise.
 """
 
-import argparse
-import os
 import statistics
 import time
 from pathlib import Path
 
 import report
+from flags import parser_of
 
 
 def resident() -> float:
@@ -166,8 +165,7 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="exported pipeline of an unconditional network")
+    parser = parser_of(__doc__, "model", "seed")
     parser.add_argument("--image", required=True, help="photograph, its sides at least --side")
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--small_side", type=int, default=96, help="what is enlarged as a whole, too")
@@ -177,10 +175,7 @@ def main() -> None:
     parser.add_argument("--refine_steps", type=int, default=4)
     parser.add_argument("--refine_strength", type=float, default=0.2)
     parser.add_argument("--turns", type=int, default=5, help="timed steps of each kind")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--images", help="folder for the images")
-    parser.add_argument("--output", required=True, help="JSON to write")
     options = parser.parse_args()
     report.save(measure(options), options.output)
 

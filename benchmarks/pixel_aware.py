@@ -11,15 +11,27 @@ the many-step sampler that it then is, in mode "paper" by algorithm 1 from N(0, 
 resolution by DDPM, DDIM and DPM-Solver++.
 """
 
-import argparse
-import os
+import inspect
 import statistics
-import time
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
-import bench
+import diffusers
+import numpy as np
 import report
 import residual_sr
 import scoring
+import torch
+from diffusers import DiffusionPipeline
+from flags import SCORED, parser_of
+from pictures import write_grid
+from samplers import Sampler
+from torch.utils.flop_counter import FlopCounterMode
+
+import pyrdiff
+from pyrdiff.data import ImageLevels, open_source
+from pyrdiff.machine import in_turn
 
 PASSES = (1, 2, 4, 8, 16)
 NO_STRUCTURE = (1, 4, 8, 16, 32, 100)
@@ -34,16 +46,25 @@ STOCK = {
 }
 
 
+class Arm(NamedTuple):
+    """A way of sampling a model: its network calls, and f(count, generator) -> [count, C, H, W] in [-1, 1]."""
+
+    method: str
+    seed: int
+    name: str
+    pipeline: DiffusionPipeline
+    calls: int
+    sample: Callable[[int, torch.Generator], torch.Tensor]
+
+
 def arms_of(pipeline) -> dict[str, tuple]:
     """{name: (network calls, f(count, generator) -> float [count, C, H, W] in [-1, 1], not clipped)}."""
-    import torch
-
     if not hasattr(pipeline.scheduler, "precondition"):
         found = {}
         for name, (kind, changes, steps) in STOCK.items():
             settings, arguments = {"_class_name": kind, **changes}, {"num_inference_steps": steps}
             arm = {"loop": "stock", "scheduler": settings, "arguments": arguments}
-            found[name] = (steps, bench.Sampler(arm, pipeline, pipeline.unet))
+            found[name] = (steps, Sampler(arm, pipeline, pipeline.unet))
         return found
 
     def by_passes(passes, **more):
@@ -87,9 +108,6 @@ class StockSampler:
     """A scheduler of diffusers on a network without structure, whose process has one rate and so is an ordinary one."""
 
     def __init__(self, pipeline, kind: str, changes: dict, steps: int):
-        import diffusers
-        import torch
-
         process = pipeline.scheduler
         rate = process.rate(torch.full((1,), pipeline.NO_STRUCTURE, dtype=torch.float64))
         log = torch.cat([process.log_alpha_bar(rate, step) for step in range(len(process) + 1)])
@@ -100,10 +118,6 @@ class StockSampler:
         self.pipeline, self.steps = pipeline, steps
 
     def __call__(self, count: int, generator):
-        import inspect
-
-        import torch
-
         pipeline, process, scheduler = self.pipeline, self.pipeline.scheduler, self.scheduler
         scheduler.set_timesteps(self.steps)
         shape = (count, pipeline.unet.config.image_channels, *pipeline._size())
@@ -131,8 +145,6 @@ def parse_models(options) -> dict[tuple[str, int], str]:
 
 def multiplications(work) -> float:
     """Multiply-adds of all network parts that a call runs."""
-    from torch.utils.flop_counter import FlopCounterMode
-
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops() / 2
@@ -140,8 +152,6 @@ def multiplications(work) -> float:
 
 def call_once(pipeline, shape) -> None:
     """One call of a pipeline's UNet for an image [C, H, W]; for one step, where it predicts nothing else."""
-    import torch
-
     config, blank = pipeline.unet.config, torch.zeros(1, *shape, device=pipeline.unet.device)
     arguments = {"structure": blank} if config.get("use_structure") else {}
     arguments |= {"steps": [1]} if config.get("target") == "noise" else {}
@@ -150,8 +160,6 @@ def call_once(pipeline, shape) -> None:
 
 def nearest(images, real, batch: int = 200):
     """RMS difference per value, in [0, 1], of each of uint8 [N, H, W, C] to the nearest of `real`."""
-    import torch
-
     real = torch.from_numpy(real).flatten(1).float() / 255
     found = []
     for part in torch.from_numpy(images).flatten(1).float().div(255).split(batch):
@@ -159,83 +167,91 @@ def nearest(images, real, batch: int = 200):
     return torch.cat(found)
 
 
-def measure(options) -> dict:
-    import numpy as np
-    import torch
-
-    import pyrdiff
-    from pyrdiff.data import ImageLevels, open_source
-
-    torch.set_num_threads(options.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    runs, models, scorer = {}, {}, None
+def open_arms(options, device: str) -> tuple[list[Arm], dict]:
+    """The arms of all models that were asked for, and what is said of each model."""
+    arms, models = [], {}
     for (method, seed), folder in parse_models(options).items():
         pipeline = pyrdiff.load(folder).to(device)
         pipeline.set_progress_bar_config(disable=True)
         for name, (calls, sample) in arms_of(pipeline).items():
             if not options.only or any(part in f"{method}, {name}" for part in options.only):
-                runs[method, seed, name] = (pipeline, calls, sample)
+                arms.append(Arm(method, seed, name, pipeline, calls, sample))
         parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
         models[f"{method}:{seed}"] = {
             "hash": scoring.model_hash(folder),
             "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
             "training": residual_sr.training_of(folder),
         }
-    if not runs:
-        raise SystemExit(f"--only {options.only}: expected a part of some 'METHOD, ARM'")
-    shape = next(iter(runs.values()))[2](1, torch.Generator(device).manual_seed(0)).shape
-    channels, size = shape[1], tuple(shape[-2:])
-    scorer = scoring.Scorer(
-        options.reference, options.array_key, size, channels, options.features, options.weights, device,
-        options.held, options.reference_images, options.seed, options.resamples,
-    )  # fmt: skip
+    if not arms:
+        raise SystemExit(f"--only={options.only}: expected a part of some 'METHOD, ARM'")
+    return arms, models
+
+
+def train_images(options, size: tuple[int, int], channels: int) -> np.ndarray:
+    """Some of the images that the models were trained on, uint8 [N, H, W, C]."""
     source = open_source(options.train, array_key=options.train_key)
-    real = ImageLevels.build(source, [size], channels=channels).arrays[-1]
-    real = real[np.unique(np.linspace(0, len(real) - 1, min(len(real), options.train_images)).astype(int))]
+    images = ImageLevels.build(source, [size], channels=channels).arrays[-1]
+    count = min(len(images), options.train_images)
+    return images[np.unique(np.linspace(0, len(images) - 1, count).astype(int))]
+
+
+@torch.no_grad()
+def samples(arm: Arm, options, device: str) -> np.ndarray:
+    """Images of an arm, uint8 [N, H, W, C]: fewer of one that takes many calls. A batch has one generator."""
+    count = options.images if arm.calls <= options.slow_calls else options.slow_images
+
+    def make(indices: range) -> torch.Tensor:
+        generator = torch.Generator(device).manual_seed(options.seed * 1_000_000 + indices.start)
+        return arm.sample(len(indices), generator)
+
+    return scoring.to_uint8(scoring.in_batches(make, count, options.batch_size))
+
+
+@torch.no_grad()
+def time_arms(arms: list[Arm], options, device: torch.device) -> dict[tuple, float]:
+    """{(method, name, batch): seconds an image}; the networks of one method and different seeds do the same work."""
+    distinct = {(arm.method, arm.name): arm for arm in arms}
+
+    def run(arm: Arm, batch: int, turn: int) -> None:
+        arm.sample(batch, torch.Generator(device).manual_seed(turn + 1))
+
+    works = {
+        (*key, batch): partial(run, arm, batch) for key, arm in distinct.items() for batch in (1, options.time_batch)
+    }
+    fewer = {key: 1 for key in works if distinct[key[:2]].calls > options.slow_calls and options.runs > 1}
+    seconds = in_turn(works, options.runs, device, fewer)
+    return {key: statistics.median(values) / key[2] for key, values in seconds.items()}
+
+
+def measure(options) -> dict:
+    torch.set_num_threads(options.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    arms, models = open_arms(options, device)
+    shape = arms[0].sample(1, torch.Generator(device).manual_seed(0)).shape
+    channels, size = shape[1], tuple(shape[-2:])
+    scorer = scoring.Scorer.of(options, size, channels, device, held=options.held)
+    real = train_images(options, size, channels)
     distances = nearest(scorer.held, real)
     near = distances.quantile(0.01).item()  # nearer than 99 % of unseen images are
 
     rows = [{"method": "held-out images", "seed": None, "name": "", "calls": None, **scorer(scorer.held)}]
     rows[0]["nearest"], rows[0]["copies"] = distances.mean().item(), 0.01
-    for (method, seed, name), (pipeline, calls, sample) in runs.items():
-        count = options.images if calls <= options.slow_calls else options.slow_images
-        made = []
-        for first in range(0, count, options.batch_size):
-            generator = torch.Generator(device).manual_seed(options.seed * 1_000_000 + first)
-            with torch.no_grad():
-                made.append(scoring.to_uint8(sample(min(options.batch_size, count - first), generator).cpu()))
-        images = np.concatenate(made)
+    seconds = time_arms(arms, options, torch.device(device))
+    for arm in arms:
+        images = samples(arm, options, device)
         distances = nearest(images, real)
         with torch.no_grad():
-            macs = multiplications(lambda: sample(1, torch.Generator(device).manual_seed(0)))  # noqa: B023
-            one = multiplications(lambda: call_once(pipeline, shape[1:]))  # noqa: B023
-        row = {"method": method, "seed": seed, "name": name, "calls": calls, "nfe_eq": macs / one, "macs": macs}
-        row |= {
-            **scorer(images),
-            "nearest": distances.mean().item(),
-            "copies": (distances < near).float().mean().item(),
-        }
+            macs = multiplications(partial(arm.sample, 1, torch.Generator(device).manual_seed(0)))
+            one = multiplications(partial(call_once, arm.pipeline, shape[1:]))
+        row = {"method": arm.method, "seed": arm.seed, "name": arm.name, "calls": arm.calls}
+        row |= {"nfe_eq": macs / one, "macs": macs, **scorer(images)}
+        row |= {"nearest": distances.mean().item(), "copies": (distances < near).float().mean().item()}
+        row["seconds"] = seconds[arm.method, arm.name, options.time_batch]
+        row["seconds_alone"] = seconds[arm.method, arm.name, 1]
         rows.append(row)
-        print(f"{method}:{seed}, {name}: Fréchet {row['frechet']:.1f}, {row['nfe_eq']:.2f} NFE-eq", flush=True)
+        print(f"{arm.method}:{arm.seed}, {arm.name}: Fréchet {row['frechet']:.1f}, {macs / one:.2f} NFE-eq", flush=True)
         if options.grids:
-            save_grid(images[:64], f"{options.grids}/{method}-{seed}-{name}.png".replace(" ", "_"))
-
-    # Time: all arms in turn, again and again; those of one method and different seeds are the same work.
-    seconds: dict[tuple, list[float]] = {}
-    for turn in range(options.runs + 1):
-        for (method, _, name), (_, calls, sample) in {(m, 0, n): run for (m, s, n), run in runs.items()}.items():
-            if calls > options.slow_calls and turn > 1:
-                continue
-            for batch in (1, options.time_batch):
-                generator = torch.Generator(device).manual_seed(turn)
-                began = time.perf_counter()
-                with torch.no_grad():
-                    sample(batch, generator).cpu()
-                if turn > 0:  # the first warms up
-                    seconds.setdefault((method, name, batch), []).append((time.perf_counter() - began) / batch)
-    for row in rows[1:]:
-        row["seconds"] = statistics.median(seconds[row["method"], row["name"], options.time_batch])
-        row["seconds_alone"] = statistics.median(seconds[row["method"], row["name"], 1])
+            write_grid(images[:64], f"{options.grids}/{arm.method}-{arm.seed}-{arm.name}.png", columns=8)
     return {
         "bench": "pixel_aware",
         "title": options.title,
@@ -251,19 +267,6 @@ def measure(options) -> dict:
         **report.surroundings(options.threads),
         "rows": rows,
     }
-
-
-def save_grid(images, path: str) -> None:
-    """uint8 [N, H, W, C] as rows of eight."""
-    from pathlib import Path
-
-    from diffusers import DiffusionPipeline
-
-    from pyrdiff.training.previews import save_grid
-
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    pictures = DiffusionPipeline.numpy_to_pil(images / 255)
-    save_grid([pictures[first : first + 8] for first in range(0, len(pictures), 8)], Path(path))
 
 
 def digits(value: float) -> str:
@@ -350,30 +353,18 @@ def plot(result: dict, path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(
+        __doc__, *SCORED, "only", "grids", "title", "seed",
+        reference_images=9000, resamples=20, images=1000, batch_size=100, runs=3,
+    )  # fmt: skip
     parser.add_argument("--models", required=True, nargs="+", help="METHOD:SEED=FOLDER of exported pipelines")
-    parser.add_argument("--reference", required=True, help="images that the models have not seen")
-    parser.add_argument("--array_key", help="array of an .npz reference")
     parser.add_argument("--train", required=True, help="images that they were trained on")
     parser.add_argument("--train_key", help="array of an .npz of those")
     parser.add_argument("--train_images", type=int, default=20_000, help="of them, at most, for nearest neighbours")
-    parser.add_argument("--images", type=int, default=1000, help="samples of each arm")
     parser.add_argument("--slow_calls", type=int, default=20, help="calls above which an arm makes --slow_images only")
     parser.add_argument("--slow_images", type=int, default=300)
     parser.add_argument("--held", type=int, default=1000, help="real images scored like samples")
-    parser.add_argument("--reference_images", type=int, default=9000)
-    parser.add_argument("--features", default="squeezenet")
-    parser.add_argument("--weights", help="of the feature network")
-    parser.add_argument("--resamples", type=int, default=20)
-    parser.add_argument("--only", nargs="*", help="arms in whose 'METHOD, ARM' is one of these")
-    parser.add_argument("--batch_size", type=int, default=100)
     parser.add_argument("--time_batch", type=int, default=16)
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--grids", help="folder for images to look at")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--title", default="Images,", help="what the table says first")
-    parser.add_argument("--output", required=True, help="JSON to write")
     options = parser.parse_args()
     report.save(measure(options), options.output)
 

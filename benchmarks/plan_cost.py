@@ -7,14 +7,20 @@ The predicted time of plans against the measured one, on an idle machine:
 and again.
 """
 
-import argparse
-import os
 import statistics
 import time
+from functools import partial
 
 import report
+import torch
+from flags import parser_of
+from samplers import SDE
 
-SDE = ["DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "thresholding": True}]
+import pyrdiff
+from pyrdiff.machine import in_turn
+from pyrdiff.plan import CLIP, measure_costs
+
+SDE = [SDE[0], {**SDE[1], **CLIP}]
 PLANS = {
     "100/8/8, DDPM": {"num_inference_steps": 100, "refine_steps": 8},
     "50/5/5, DDPM": {"num_inference_steps": 50, "refine_steps": 5},
@@ -25,11 +31,6 @@ PLANS = {
 
 
 def measure(options) -> dict:
-    import torch
-
-    import pyrdiff
-    from pyrdiff.plan import measure_costs
-
     torch.set_num_threads(options.threads)
     pipeline = pyrdiff.load(options.model).to("cuda" if torch.cuda.is_available() else "cpu")
     pipeline.set_progress_bar_config(disable=True)
@@ -38,18 +39,12 @@ def measure(options) -> dict:
     began = time.perf_counter()
     costs = measure_costs(pipeline, options.batch_size, plans)
     spent = time.perf_counter() - began
-    seconds = {name: [] for name in plans}
-    for turn in range(options.runs + 1):
-        for name, plan in plans.items():
-            began = time.perf_counter()
-            pipeline(
-                options.batch_size,
-                plan=plan,
-                generator=torch.Generator(pipeline.device).manual_seed(turn),
-                output_type="latent",
-            ).images.cpu()
-            if turn:
-                seconds[name].append(time.perf_counter() - began)
+
+    def run(plan: dict, turn: int) -> None:
+        generator = torch.Generator(pipeline.device).manual_seed(turn + 1)
+        pipeline(options.batch_size, plan=plan, generator=generator, output_type="latent")
+
+    seconds = in_turn({name: partial(run, plan) for name, plan in plans.items()}, options.runs, pipeline.device)
     rows = []
     for name, plan in plans.items():
         laid_out, measured = pipeline.plan(plan=plan), statistics.median(seconds[name])
@@ -95,13 +90,7 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="exported pyramidal pipeline")
-    parser.add_argument("--output", required=True, help="JSON to write")
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    options = parser.parse_args()
+    options = parser_of(__doc__, "model", "batch_size", "runs").parse_args()
     report.save(measure(options), options.output)
 
 

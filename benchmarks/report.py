@@ -11,7 +11,6 @@ import argparse
 import importlib
 import json
 import os
-import platform
 import re
 import sys
 from pathlib import Path
@@ -22,29 +21,16 @@ TABLE = re.compile(r"(<!-- table: (\S+?)(?: (\S+))? -->\n).*?(<!-- end -->)", re
 
 def surroundings(threads: int, gpu: bool = True) -> dict:
     """What a timing depends on, beside the code: processor (the GPU, if it is used), threads, load, versions."""
-    import diffusers
     import torch
 
-    import pyrdiff
+    from pyrdiff.machine import device_name, versions
 
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     return {
-        "device": torch.cuda.get_device_name()
-        if gpu and torch.cuda.is_available()
-        else (names or [platform.processor()])[0],
+        "device": device_name(torch.device("cuda" if gpu and torch.cuda.is_available() else "cpu")),
         "threads": threads,
         "load": [round(value, 2) for value in os.getloadavg()],
-        "versions": {
-            "pyrdiff": pyrdiff.__version__,
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions("pyrdiff", "torch", "diffusers"),
     }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def caption(result: dict) -> str:
@@ -60,11 +46,11 @@ def save(result: dict, path: str) -> None:
 
 def write(result: dict, path: str) -> Path:
     """Writes a result; a reader sees the file before it or after it."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    beside.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    return beside.replace(target)
+    from pyrdiff.data import replacing
+
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    return Path(path)
 
 
 def table_of(path: Path, view: str | None = None) -> str:

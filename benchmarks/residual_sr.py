@@ -12,19 +12,22 @@ ancestral steps, DDIM, and solvers of diffusers made from the model's scheduler,
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 
 import report
 import scoring
-from guided_sr import save_grid
+import torch
+from flags import FLAGS, LPIPS, SCORED, parser_of
+from pictures import write_rows
+from samplers import DPM, SDE, UNIPC
+
+import pyrdiff
+from pyrdiff.data import shrink
+from pyrdiff.metrics import consistency
 
 # Placed as the model's own scheduler places its steps. The default of diffusers begins at the last training step, where
 # a cosine schedule leaves next to no signal, and a noise prediction says nothing of the image: one arm shows it.
-DPM = ["DPMSolverMultistepScheduler", {}]
-SDE = ["DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}]
-UNIPC = ["UniPCMultistepScheduler", {}]
 FROM_THE_END = ["DPMSolverMultistepScheduler", {"timestep_spacing": "linspace"}]
 
 
@@ -63,36 +66,19 @@ class Pairs:
     """Held-out images, what the models get of them, and how near an output is to them."""
 
     def __init__(self, options, size: int, channels: int, factor: int):
-        import torch
-
-        from pyrdiff.data import shrink
-
         self.options = options
-        self.scorer = scoring.Scorer(
-            options.reference, options.array_key, size, channels, options.features, options.weights, "cpu",
-            options.images, options.reference_images, options.seed, options.resamples,
-        )  # fmt: skip
+        self.scorer = scoring.Scorer.of(options, size, channels, "cpu", held=options.images)
         self.truth = torch.from_numpy(self.scorer.held).permute(0, 3, 1, 2).float() / 255
         self.low = shrink(2 * self.truth - 1, factor) / 2 + 0.5
 
-    def scores(self, images) -> dict:
+    def scores(self, images: torch.Tensor) -> dict:
         """Of float [N, C, H, W] in [0, 1], rounded to 8 bits as a file is; the first N images."""
-        from pyrdiff.metrics import bootstrap_interval, consistency, lpips, psnr, ssim
-
-        truth, low, known = self.truth[: len(images)], self.low[: len(images)], dict(data_range=(0, 1))
+        truth, low = self.truth[: len(images)], self.low[: len(images)]
         options, images = self.options, (images * 255).round() / 255
-        each = {
-            "psnr": psnr(images, truth, **known).per_image,
-            "ssim": ssim(images, truth, **known).per_image,
-            "lpips": lpips(images, truth, **known, network=options.lpips, weights=options.lpips_weights).per_image,
-            "consistency": consistency(images, low, **known).per_image,
-        }
+        each = scoring.fidelity(images, truth, options)
+        each["consistency"] = consistency(images, low, data_range=(0, 1)).per_image
         found = {"images": len(images), **{name: values.mean().item() for name, values in each.items()}}
-        for name in ("psnr", "lpips"):
-            interval = bootstrap_interval(
-                lambda v: v.mean().item(), each[name][:, None].double(), resamples=1000, level=0.95
-            )
-            found[f"{name}_interval"] = list(interval)
+        found |= {f"{name}_interval": scoring.interval_of_mean(each[name]) for name in ("psnr", "lpips")}
         found["slow"] = {name: values[: options.slow_images].mean().item() for name, values in each.items()}
         if len(images) >= 32:
             pixels = (images * 255).round().byte().permute(0, 2, 3, 1).numpy()
@@ -100,24 +86,19 @@ class Pairs:
         return found
 
 
-def enlarge(pipeline, low, batch_size: int, seed: int, **arguments):
+def enlarge(pipeline, low: torch.Tensor, batch_size: int, seed: int, **arguments) -> torch.Tensor:
     """Float [N, C, H, W] in [0, 1], each image with its own generator."""
-    import torch
 
-    images = []
-    for first in range(0, len(low), batch_size):
-        part = low[first : first + batch_size]
-        generators = [torch.Generator().manual_seed(seed * 1_000_000 + first + index) for index in range(len(part))]
-        images.append(pipeline(part, generator=generators, output_type="pt", **arguments).images.cpu())
-    return torch.cat(images)
+    def make(indices: range) -> torch.Tensor:
+        generators = scoring.generators(seed, indices)
+        part = low[indices.start : indices.stop]
+        return pipeline(part, generator=generators, output_type="pt", **arguments).images
+
+    return scoring.in_batches(make, len(low), batch_size)
 
 
 def open_models(options) -> dict:
     """{name: (pipeline, folder)}."""
-    import torch
-
-    import pyrdiff
-
     found = {}
     for text in options.models:
         name, _, folder = text.partition("=")
@@ -145,8 +126,6 @@ def training_of(folder: str) -> dict:
 
 
 def measure(options) -> dict:
-    import torch
-
     torch.set_num_threads(options.threads)
     models = open_models(options)
     unet = next(iter(models.values()))[0].unet
@@ -173,8 +152,8 @@ def measure(options) -> dict:
             rows.append({**row, "seconds_an_image": seconds, **pairs.scores(images)})
             print(f"{model}, {name}: {rows[-1]['psnr']:.2f} dB, LPIPS {rows[-1]['lpips']:.4f}", flush=True)
             if options.grids:
-                path = Path(options.grids) / f"{model}-{name}.png".replace(" ", "_")
-                save_grid([part[: len(images)][:8] for part in (pairs.low, bicubic, images, pairs.truth)], path)
+                shown = [part[: len(images)][:8] for part in (pairs.low, bicubic, images, pairs.truth)]
+                write_rows(shown, Path(options.grids) / f"{model}-{name}.png")
         found[model] = {
             "hash": scoring.model_hash(folder),
             "parameters": sum(p.numel() for p in pipeline.unet.parameters()),
@@ -242,34 +221,21 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def options_of(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """What every bench of these models takes."""
+def parser_for(doc: str) -> argparse.ArgumentParser:
+    """With the flags that every bench of these models has."""
+    parser = parser_of(doc, *SCORED, *LPIPS, "images", "batch_size", "seed", "title")
     parser.add_argument("--models", required=True, nargs="+", help="NAME=FOLDER of exported pipelines")
-    parser.add_argument("--reference", required=True, help="images that the models have not seen")
-    parser.add_argument("--array_key", help="array of an .npz reference")
-    parser.add_argument("--images", type=int, default=64, help="enlarged by every arm")
-    parser.add_argument("--slow_images", type=int, default=16, help="of them, by the arms of all steps")
-    parser.add_argument("--features", default="squeezenet")
-    parser.add_argument("--weights", help="of the feature network")
-    parser.add_argument("--lpips", default="squeeze", choices=("alex", "squeeze", "vgg"))
-    parser.add_argument("--lpips_weights", help="of LPIPS' network")
-    parser.add_argument("--reference_images", type=int, default=2000)
-    parser.add_argument("--resamples", type=int, default=100)
-    parser.add_argument("--batch_size", type=int, default=16)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--title", default="Images,", help="what the table says first")
-    parser.add_argument("--output", required=True, help="JSON to write")
+    parser.add_argument("--slow_images", type=int, default=16, help="of the images, by the arms of all steps")
     return parser
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_for(__doc__)
     parser.add_argument("--arms", default="table", choices=("table", "frontier"))
-    parser.add_argument("--only", nargs="*", help="arms whose name has one of these in it")
     parser.add_argument("--plans", help="JSON of few_steps.py")
-    parser.add_argument("--grids", help="folder for images to look at")
-    options = options_of(parser).parse_args()
+    for name in ("only", "grids"):
+        parser.add_argument(f"--{name}", **FLAGS[name])
+    options = parser.parse_args()
     report.save(measure(options), options.output)
 
 

@@ -8,13 +8,12 @@ The stock loop stands twice: as the script has it, decoding images in the step (
 decoded images already in memory.
 """
 
-import argparse
-import os
 import statistics
 import tempfile
-import time
+from functools import partial
 
 import report
+from flags import parser_of
 
 
 class StockLoop:
@@ -111,6 +110,7 @@ def measure(options) -> dict:
     import torch
 
     import pyrdiff
+    from pyrdiff.machine import in_turn
 
     torch.set_num_threads(options.threads)
     sizes = dict(resolutions=(options.resolution,))
@@ -124,16 +124,14 @@ def measure(options) -> dict:
             "train_unconditional.py": StockLoop(options, network(), in_memory=False),
             "train_unconditional.py, images in memory": StockLoop(options, network(), in_memory=True),
         }
-        seconds = {name: [] for name in loops}
-        for block in range(options.blocks + 1):
-            for name, loop in loops.items():
-                began = time.perf_counter()
-                for _ in range(options.steps):
-                    loop.step()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                if block > 0:  # the first is warm-up
-                    seconds[name].append((time.perf_counter() - began) / options.steps)
+
+        def block(loop, turn: int) -> None:
+            for _ in range(options.steps):
+                loop.step()
+
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        blocks = in_turn({name: partial(block, loop) for name, loop in loops.items()}, options.blocks, device)
+        seconds = {name: [value / options.steps for value in values] for name, values in blocks.items()}
     ours = seconds["pyrdiff"]
     arms = []
     for name, values in seconds.items():
@@ -166,19 +164,14 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train_data_dir", help="folder of images")
-    parser.add_argument("--output", help="JSON to write")
+    parser = parser_of(__doc__, batch_size=8)
+    parser.add_argument("--train_data_dir", required=True, help="folder of images")
     parser.add_argument("--resolution", type=int, default=64)
-    parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--preset", default="small")
     parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16"])
     parser.add_argument("--blocks", type=int, default=7)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
     options = parser.parse_args()
-    if not (options.train_data_dir and options.output):
-        parser.error("expected --train_data_dir and --output")
     report.save(measure(options), options.output)
 
 

@@ -9,8 +9,6 @@ cheaper than the paper's, but predict nothing that "tied" does not give for free
 in a process of its own, one image, all T steps.
 """
 
-import argparse
-import os
 import resource
 import statistics
 import time
@@ -21,6 +19,7 @@ import report
 import torch
 import torch.nn.functional as F
 from diffusers.models.embeddings import Timesteps
+from flags import parser_of
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -196,11 +195,8 @@ def table(result: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__, runs=3)
     parser.add_argument("--presets", nargs="+", default=list(PRESETS), choices=list(PRESETS))
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--output", required=True, help="JSON to write")
     options = parser.parse_args()
     report.save(measure(options), options.output)
 

@@ -106,6 +106,7 @@ def generate_in_few_calls(pipeline, options: argparse.Namespace, generators: lis
 
 def generate_from_coarse_to_fine(pipeline, options: argparse.Namespace, generators: list, folder: Path) -> list:
     """Samples of a `PyramidalPipeline`, and pyramid.png."""
+    import matplotlib.figure  # noqa: F401, said now if it is missing, and not after the work
     import torch
 
     print_costs(pipeline)
@@ -132,6 +133,6 @@ def generate_from_coarse_to_fine(pipeline, options: argparse.Namespace, generato
 if __name__ == "__main__":
     try:
         main()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -19,7 +19,7 @@ esac
 accelerate launch --num_processes 1 --num_machines 1 --mixed_precision "$precision" --dynamo_backend no \
     examples/train_pddpm.py --train_data_dir "$train" --output_dir "$output/training" \
     --resolution 16 32 64 --random_flip True --minutes "$minutes" "${flags[@]}"
-python benchmarks/fitted_arms.py --model "$output/training/pipeline" --output "$output/arms.json"
+python benchmarks/fitted_arms.py --model "$output/training/pipeline" --train "$train" --output "$output/arms.json"
 bench=(python benchmarks/bench.py --arms "$output/arms.json" --model "$output/training/pipeline" --reference "$test" --output "$output/bench.json"
        --cache "$output/images" --features "${FEATURES:-squeezenet}" ${WEIGHTS:+--weights "$WEIGHTS"})
 [ "$precision" = bf16 ] && bench+=(--bf16)

@@ -175,6 +175,12 @@ def _with_true(settings: type, args: list[str]) -> list[str]:
     return complete
 
 
+def expect(settings: object, name: str, good: bool, expected: str) -> None:
+    """Raises `ValueError` unless the value of a flag is good; `expected` says what is, as in "1 or more"."""
+    if not good:
+        raise ValueError(f"--{name}={getattr(settings, name)!r}: expected {expected}")
+
+
 def run(main: Callable[[list[str]], dict | None]) -> None:
     """
     Runs a command with the program's arguments. What a user can mend is one line on stderr and an exit code, not a

@@ -21,6 +21,18 @@ def versions(*packages: str) -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages or PACKAGES}}
 
 
+def open_device(name: str | None = None) -> "torch.device":
+    """The device of this name, by default the GPU if there is one. Raises `ValueError` unless it can be used."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={name!r}: expected one of this machine, such as cpu ({error})") from error
+    return device
+
+
 def device_name(device: "torch.device") -> str:
     """The name of a GPU, or of the processor."""
     if device.type == "cuda":

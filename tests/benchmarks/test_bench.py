@@ -1,23 +1,24 @@
 """The side-by-side bench, on a toy network."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
 
+import ablation
+import bench
+import calculus_rank
+import fitted_arms
+import fitting
 import numpy as np
 import pytest
+import samplers
+import spectra
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 import pyrdiff
 from pyrdiff.data import ImageLevels, draw_glyphs
 from pyrdiff.metrics import train_classifier
-from pyrdiff.plan import Spectra, level_steps
-from pyrdiff.plan.fit import _score
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-bench = importlib.import_module("bench")
 
 TOY = dict(
     resolutions=(4, 8, 16),
@@ -89,7 +90,7 @@ def test_the_plot_is_small(result, tmp_path):
 
 def test_network_calls_are_those_of_the_plan(folder, result):
     base = pyrdiff.load(folder / "model")
-    solver = bench.build_scheduler({"_class_name": "DPMSolverMultistepScheduler"}, base.scheduler)
+    solver = samplers.build_scheduler({"_class_name": "DPMSolverMultistepScheduler"}, base.scheduler)
     plan = pyrdiff.PyramidalPipeline(base.unet, solver).plan(num_inference_steps=20, refine_steps=5)
     row = result["arms"]["pyramid 20/5/5, DPM-Solver++"]
     assert row["calls"] == [["4x4", 20], ["8x8", 5], ["16x16", 5]] and row["nfe_eq"] == pytest.approx(plan.nfe_eq)
@@ -102,7 +103,7 @@ def test_every_arm_can_be_planned_for_any_levels(resolutions):
         pyrdiff.CoordinateUNet2DModel(**{**TOY, "resolutions": resolutions}), DDPMScheduler()
     )
     found = bench.arms(base)
-    calls = {name: bench.Sampler(arm, base, base.unet).expected_calls() for name, arm in found.items()}
+    calls = {name: samplers.Sampler(arm, base, base.unet).expected_calls() for name, arm in found.items()}
     assert {
         "DDPM 1000",
         "DDIM 50",
@@ -110,7 +111,7 @@ def test_every_arm_can_be_planned_for_any_levels(resolutions):
         "strength 0.5",
         "levels 16" if resolutions[-1] == 16 else "levels 32",
     } <= set(calls)
-    assert {view for arm in found.values() for view in arm["views"]} == set(bench.COLUMNS)
+    assert {view for arm in found.values() for view in arm["views"]} == {"main", "speed", "strength", "levels"}
     if len(resolutions) == 3:
         assert calls["levels 4/16"] == [((4, 4), 100), ((16, 16), 10)] and calls["levels 16"] == [((16, 16), 100)]
         assert calls["pyramid 20/2/1, SDE-DPM-Solver++"] == [((4, 4), 20), ((8, 8), 2), ((16, 16), 1)]
@@ -120,8 +121,8 @@ def test_every_arm_can_be_planned_for_any_levels(resolutions):
 def test_saved_plans_are_arms():
     plan = dict(num_inference_steps=6, refine_steps=2, scheduler=["DPMSolverMultistepScheduler", {"solver_order": 1}])
     base = pyrdiff.PyramidalPipeline(pyrdiff.CoordinateUNet2DModel(**TOY), DDPMScheduler(), plans={"fast": plan})
-    sampler = bench.Sampler(bench.arms(base)["saved plan fast"], base, base.unet)
-    calls = bench.Calls(base.unet)
+    sampler = samplers.Sampler(bench.arms(base)["saved plan fast"], base, base.unet)
+    calls = samplers.Calls(base.unet)
     with torch.no_grad():
         images = sampler(2, torch.Generator().manual_seed(0))
     assert images.shape == (2, 1, 16, 16) and calls.images == {(4, 4): 12, (8, 8): 4, (16, 16): 4}
@@ -129,14 +130,14 @@ def test_saved_plans_are_arms():
     assert sampler.settings["arguments"]["plan"] == plan, "what is in a plan is part of the key"
 
 
-def samplers(folder, **arms):
+def samplers_of(folder, **arms):
     base = pyrdiff.load(folder / "model")
-    return [bench.Sampler({"refine_scheduler": None, **arm}, base, base.unet) for arm in arms.values()]
+    return [samplers.Sampler({"refine_scheduler": None, **arm}, base, base.unet) for arm in arms.values()]
 
 
 def test_the_stock_loop_is_our_pipeline_with_one_level(folder):
     solver, base = {"_class_name": "DPMSolverMultistepScheduler"}, pyrdiff.load(folder / "model")
-    stock, ours = samplers(
+    stock, ours = samplers_of(
         folder,
         stock=dict(loop="stock", scheduler=solver, arguments=dict(num_inference_steps=20)),
         ours=dict(loop="pyramid", scheduler=solver, arguments=dict(num_inference_steps=20, resolutions=[16])),
@@ -144,7 +145,7 @@ def test_the_stock_loop_is_our_pipeline_with_one_level(folder):
     with torch.no_grad():
         images = [sampler(3, torch.Generator().manual_seed(5)) for sampler in (stock, ours)]
     torch.testing.assert_close(*images, rtol=0, atol=0)
-    scheduler = bench.build_scheduler(solver, base.scheduler)
+    scheduler = samplers.build_scheduler(solver, base.scheduler)
     assert isinstance(scheduler, DPMSolverMultistepScheduler)
     clean = torch.linspace(-3, 3, 64).reshape(1, 1, 8, 8)
     torch.testing.assert_close(scheduler._threshold_sample(clean), clean.clamp(-1, 1))
@@ -153,13 +154,13 @@ def test_the_stock_loop_is_our_pipeline_with_one_level(folder):
 @pytest.mark.parametrize("window", [20, 6])
 def test_the_parallel_loop_finds_the_sequential_trajectory(folder, window):
     network = pyrdiff.load(folder / "model").unet
-    calls = bench.Calls(network)
-    parallel = bench.build_scheduler({"_class_name": "DDIMParallelScheduler"}, DDPMScheduler())
+    calls = samplers.Calls(network)
+    parallel = samplers.build_scheduler({"_class_name": "DDIMParallelScheduler"}, DDPMScheduler())
     shape = (2, 1, 16, 16)
     with torch.no_grad():
-        expected = bench.stock_images(network, DDIMScheduler(), shape, torch.Generator().manual_seed(3), 20)
+        expected = samplers.stock_images(network, DDIMScheduler(), shape, torch.Generator().manual_seed(3), 20)
         assert calls.images == {(16, 16): 2 * 20}
-        found = bench.parallel_images(network, parallel, shape, torch.Generator().manual_seed(3), 20, window, 1e-6)
+        found = samplers.parallel_images(network, parallel, shape, torch.Generator().manual_seed(3), 20, window, 1e-6)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert calls.images[16, 16] > 2 * 2 * 20, "every sweep of the window counts"
 
@@ -249,7 +250,6 @@ def test_arms_with_more_steps_than_the_training_had_are_left_out(folder, tmp_pat
 
 def test_trainings_side_by_side(folder, monkeypatch):
     """The ablation's arms see the same noise: a model beside itself scores the same."""
-    ablation = importlib.import_module("ablation")
     flags = ["--reference", str(folder / "images.npy"), "--features", "classifier", "--threads", "1"]
     flags += ["--weights", str(folder / "classifier.safetensors"), "--images", "8", "--grids", str(folder / "grids")]
     for name in ("one, seed 0", "one, seed 1", "other, seed 0"):
@@ -265,23 +265,27 @@ def test_trainings_side_by_side(folder, monkeypatch):
 
 
 def test_the_calculus_beside_the_bench(folder, result, monkeypatch):
-    rank = importlib.import_module("calculus_rank")
-    pipeline = pyrdiff.load(folder / "model")
-    images = ImageLevels.build(np.load(folder / "images.npy"), [4, 8, 16], channels=1)
-    spectra = Spectra.of(images).to_dict()
-    pyrdiff.hub.export(
-        pyrdiff.PyramidalPipeline(pipeline.unet, pipeline.scheduler, spectra=spectra), folder / "with spectra"
-    )
-    flags = ["--model", str(folder / "with spectra"), "--bench", str(folder / "all.json"), "--points", "4"]
-    flags += ["--reference", str(folder / "images.npy"), "--output", str(folder / "rank.json")]
+    images = str(folder / "images.npy")
+    flags = ["--model", str(folder / "model"), "--bench", str(folder / "all.json"), "--points", "4"]
+    flags += ["--train", images, "--reference", images, "--output", str(folder / "rank.json")]
     monkeypatch.setattr(sys, "argv", ["calculus_rank.py", *flags])
-    rank.main()
+    calculus_rank.main()
     found = json.loads((folder / "rank.json").read_text())
     assert len(found["rows"]) >= 4 and all(-1 <= value <= 1 for value in found["correlation"].values())
     perfect = [row for row in found["rows"] if row["name"] == "pyramid 20/5/5, DPM-Solver++"][0]
-    scheduler = DPMSolverMultistepScheduler()
-    plan = pyrdiff.PyramidalPipeline(pipeline.unet, scheduler).plan(num_inference_steps=20, refine_steps=5)
-    levels = level_steps(plan, (scheduler, None), scheduler.alphas_cumprod)
-    expected = _score(levels, Spectra.from_dict(spectra))
-    assert perfect["calculus"]["perfect network"] == pytest.approx(float(expected), rel=1e-4)
-    assert perfect["calculus"]["its error added"] > perfect["calculus"]["perfect network"]
+    scheduler, network = DPMSolverMultistepScheduler(), pyrdiff.load(folder / "model").unet
+    plan = pyrdiff.PyramidalPipeline(network, scheduler).plan(num_inference_steps=20, refine_steps=5)
+    levels = fitting.level_steps(plan, (scheduler, None), scheduler.alphas_cumprod)
+    measured = spectra.Spectra.of(ImageLevels.build(np.load(images), [4, 8, 16], channels=1))
+    assert perfect["calculus"]["perfect network"] == pytest.approx(float(fitting.score(levels, measured)), rel=1e-4)
+
+
+def test_fitted_plans_are_arms(folder, monkeypatch):
+    monkeypatch.setattr(fitted_arms, "FITTED", (("dpmsolver++", (4, 2, 2)),))
+    flags = ["--model", str(folder / "model"), "--train", str(folder / "images.npy")]
+    monkeypatch.setattr(sys, "argv", ["fitted_arms.py", *flags, "--output", str(folder / "fitted.json")])
+    fitted_arms.main()
+    base = pyrdiff.load(folder / "model")
+    found = bench.chosen_arms(base, str(folder / "fitted.json"), ["fitted"], None)
+    calls = samplers.Sampler(found["fitted 4/2/2, DPM-Solver++"], base, base.unet).expected_calls()
+    assert calls == [((4, 4), 4), ((8, 8), 2), ((16, 16), 2)]

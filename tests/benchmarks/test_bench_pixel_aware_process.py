@@ -1,19 +1,20 @@
 """The bench of paper X's noise process, on random images and untrained toys."""
 
-import importlib
 import json
 import math
 import sys
 from pathlib import Path
 
 import numpy as np
+import pixel_aware_process as bench
+import process_measures as measures
+import process_models as models
 import pytest
+import report
 import torch
 
 import pyrdiff
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-bench, report = map(importlib.import_module, ("pixel_aware_process", "report"))
 STEPS = 40
 
 
@@ -112,9 +113,9 @@ def test_the_gap_is_the_closed_form(result, images):
 @pytest.mark.parametrize("levels", [(7,), (0, 255), (0, 10, 10), (3, 40, 90, 200)], ids=str)
 def test_the_information_is_that_of_a_mixture(settings, levels):
     """Of the definition, an integral over each component in its own units; the bench has one grid for all."""
-    process = bench.paper_process(**settings)
+    process = measures.paper_process(**settings)
     values = process.to_range(torch.tensor(levels).double() / 255)
-    found = bench.information(process, values.reshape(1, 1, 1, -1).expand(2, 3, 4, -1))
+    found = measures.information(process, values.reshape(1, 1, 1, -1).expand(2, 3, 4, -1))
     left = process.image_scale(values)
     components = torch.distributions.Normal(left.sqrt() * values, (1 - left).sqrt())
     white = torch.linspace(-9, 9, 4001).double()
@@ -127,16 +128,16 @@ def test_the_information_is_that_of_a_mixture(settings, levels):
 
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-2])
 def test_the_floor_that_is_needed_is_the_least_one(images, tolerance):
-    floor = bench.floor_needed(images, 20.0, tolerance)
-    gaps = [bench.paper_process(floor=share * floor).prior_gap_report(images)["kl_per_pixel"] for share in (1, 0.98)]
+    floor = measures.floor_needed(images, 20.0, tolerance)
+    gaps = [measures.paper_process(floor=share * floor).prior_gap_report(images)["kl_per_pixel"] for share in (1, 0.98)]
     assert gaps[0] <= tolerance < gaps[1]
-    assert bench.floor_needed(images.clamp(min=0.5), 60.0) == 0
+    assert measures.floor_needed(images.clamp(min=0.5), 60.0) == 0
 
 
 def test_a_network_reads_the_image_where_dark_pixels_keep_theirs(images):
     options = type("Options", (), {"seed": 0, "leak_steps": 60, "held_images": 32})
     dark = (torch.rand(256, 1, 4, 4, generator=torch.Generator().manual_seed(0)) < 0.5).float()
-    found = bench.leak(0.004 + 0.996 * dark, options)
+    found = measures.leak(0.004 + 0.996 * dark, options)
     shares = {(row["gamma"], row["floor"]): row["share"] for row in found["rows"]}
     assert shares[20, 0.0] < 0.9 < shares[20, 0.25]
 
@@ -183,7 +184,7 @@ def test_scales_of_the_models(result, folder, images):
         for what in row["found"].values():
             assert -1 <= what["ssim"] <= 1
     pipeline = pyrdiff.load(folder / "paper" / "pipeline")
-    noisy = bench.noisy_images(pipeline.scheduler, held.float(), 10, 2)
+    noisy = models.noisy_images(pipeline.scheduler, held.float(), 10, 2)
     with torch.no_grad():
         scale = pipeline.autoencoder(noisy, 10).structure
     found = rows[1]["found"]
@@ -194,12 +195,12 @@ def test_scales_of_the_models(result, folder, images):
 
 def test_an_exact_scale_has_an_ssim_of_one(images):
     process = pyrdiff.PixelAwareScheduler(STEPS, 20.0, mode="paper")
-    true = bench.views_of(process, images[:4].float(), 10)
+    true = models.views_of(process, images[:4].float(), 10)
     for what in true:
-        exact = bench.compared(true[what], true[what])
+        exact = models.compared(true[what], true[what])
         assert exact == {"mse": 0, "ssim": pytest.approx(1), "correlation": pytest.approx(1)}
     assert torch.allclose(true["alpha_bar"], true["scale"] ** (10 / STEPS), atol=1e-6), "eq. 9"
-    assert bench.compared(torch.ones(1, 1, 16, 16), torch.rand(1, 1, 16, 16))["correlation"] is None
+    assert models.compared(torch.ones(1, 1, 16, 16), torch.rand(1, 1, 16, 16))["correlation"] is None
 
 
 def test_reconstructions_of_the_models(result, folder, images):
@@ -222,7 +223,7 @@ def test_reconstructions_of_the_models(result, folder, images):
     pipeline = pyrdiff.load(folder / "structure" / "pipeline")
     clean = images[-4:].float()
     for error in rows["structure", "1 pass"]:
-        noisy = bench.noisy_images(pipeline.scheduler, clean, error["step"], 3)
+        noisy = models.noisy_images(pipeline.scheduler, clean, error["step"], 3)
         with torch.no_grad():
             structure = pipeline.autoencoder(noisy, error["step"]).structure
         skip = pipeline.scheduler.precondition(noisy, error["step"], structure)[1]

@@ -1,21 +1,20 @@
 """The benches of super-resolution models, on an untrained toy."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
 
+import few_steps
 import numpy as np
+import photos_sr
 import pytest
+import residual_sr
 import torch
 from PIL import Image
 
 import pyrdiff
 from pyrdiff.data import draw_glyphs
 from pyrdiff.metrics import train_classifier
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-residual_sr, few_steps, photos_sr = map(importlib.import_module, ("residual_sr", "few_steps", "photos_sr"))
 
 
 @pytest.fixture(scope="module")

@@ -11,20 +11,13 @@ from pathlib import Path
 import pytest
 
 import pyrdiff
-from pyrdiff import cli
+from pyrdiff import cli, plugins
 from pyrdiff.commands.evaluate import EvaluateSettings
 from pyrdiff.commands.sample import SampleSettings
 from pyrdiff.commands.upscale import UpscaleSettings
-from pyrdiff.methods.pddpm import PyramidalSettings
+from pyrdiff.methods.pddpm import METHOD, PyramidalSettings
 
 SOURCE = Path(pyrdiff.__file__).parents[1]
-
-
-def pyrdiff_command(*args: str, path: Path | None = None) -> subprocess.CompletedProcess:
-    """A process of its own, with a further folder of packages."""
-    folders = os.pathsep.join(map(str, [SOURCE, *([path] if path else [])]))
-    command = [sys.executable, "-c", "from pyrdiff.cli import main; main()", *args]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": folders})
 
 
 def parsed(*args: str, settings: type = SampleSettings):
@@ -41,7 +34,7 @@ def refused(capsys, *args: str, settings: type = SampleSettings) -> str:
 
 HELP = """
 import contextlib, io, json, sys
-from pyrdiff import cli
+from pyrdiff import cli, plugins
 for line in json.loads(sys.argv[1]):
     sys.argv = ["pyrdiff", *line]
     said = io.StringIO()
@@ -114,7 +107,7 @@ def test_the_settings_of_a_training_are_a_config(tmp_path):
     ("[1, 2]", "holds a list; expected names and values"),
     ("model: [", "cannot be read as YAML or JSON"),
     ("model: m\nnum_images: many", "'many'"),
-    ("model: m\nnum_images: 0", "--num_images: got 0; accepted is 1 or more"),
+    ("model: m\nnum_images: 0", "--num_images=0: expected 1 or more"),
     (None, "No such file"),
 ])  # fmt: skip
 def test_a_config_that_is_no_good_is_one_line(tmp_path, capsys, text, said):
@@ -181,7 +174,7 @@ def test_an_unknown_command(run):
     code, _, complaint = run("train", "paint")
     assert code == 2 and complaint.startswith("error: method 'paint': expected one of [") and "pddpm" in complaint
     code, _, complaint = run("train", "--seed", "1")
-    assert code == 2 and "got '--seed' first; expected a method" in complaint
+    assert code == 2 and "pyrdiff train --seed: expected a method first" in complaint
 
 
 @pytest.mark.parametrize("error, code", [
@@ -243,32 +236,40 @@ def packages(tmp_path_factory) -> Path:
     return folder
 
 
-def test_broken_plugins_are_named_with_their_reasons(packages):
-    done = pyrdiff_command("plugins", path=packages)
-    assert (done.returncode, done.stderr) == (1, "")
+@pytest.fixture
+def installed(packages, monkeypatch) -> None:
+    """Both packages beside what is installed."""
+    monkeypatch.syspath_prepend(str(packages))
+    for cached in (plugins.plugins, plugins.classes):
+        cached.cache_clear()
+    yield
+    for cached in (plugins.plugins, plugins.classes):
+        cached.cache_clear()
+
+
+def test_broken_plugins_are_named_with_their_reasons(installed, run):
+    code, printed, complaint = run("plugins")
+    assert (code, complaint) == (1, "")
     for name, (_, reason) in BROKEN.items():
         head = f"{name:<14}broken 1.2 (broken_{name})"
-        assert f"{head}\n{'':<14}failed to load: {reason}" in done.stdout, done.stdout
-    assert "fine          good 1.2 (good_fine)\n" in done.stdout and "PyramidalPipeline" in done.stdout
-    assert f", {len(BROKEN)} failed\n" in done.stdout
+        assert f"{head}\n{'':<14}failed to load: {reason}" in printed, printed
+    assert "fine          good 1.2 (good_fine)\n" in printed and "PyramidalPipeline" in printed
+    assert f", {len(BROKEN)} failed\n" in printed
 
-    done = pyrdiff_command("plugins", "--json", path=packages)
-    result = json.loads(done.stdout)
-    assert done.returncode == result["exit_code"] == 1
+    code, printed, complaint = run("plugins", "--json")
+    result = json.loads(printed)
+    assert code == result["exit_code"] == 1
     assert {row["name"] for row in result["plugins"] if row["error"]} == set(BROKEN)
     first = result["plugins"][0]
-    assert first["package"] == "pyrdiff" and "failed" in done.stderr
+    assert first["package"] == "pyrdiff" and "failed" in complaint
 
 
-def test_broken_plugins_harm_no_other(packages):
-    done = pyrdiff_command("train", path=packages)
-    assert (done.returncode, done.stderr) == (0, "")
-    from pyrdiff.methods.pddpm import METHOD
-
-    assert done.stdout.count(METHOD.summary) == 2, "pddpm and the good plugin"
-    assert "  raising       failed to load (pyrdiff plugins says why)\n" in done.stdout
-    done = pyrdiff_command("train", "pddpm", "--help", path=packages)
-    assert done.returncode == 0 and "--ddpm_num_steps" in done.stdout
-    done = pyrdiff_command("train", "raising", path=packages)
+def test_broken_plugins_harm_no_other(installed, run):
+    code, printed, complaint = run("train")
+    assert (code, complaint) == (0, "")
+    assert printed.count(METHOD.summary) == 2, "pddpm and the good plugin"
+    assert "  raising       failed to load (pyrdiff plugins says why)\n" in printed
+    code, printed, _ = run("train", "pddpm", "--help")
+    assert code == 0 and "--ddpm_num_steps" in printed
     message = "error: method 'raising' of the package broken failed to load: RuntimeError: no luck\n"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+    assert run("train", "raising") == (2, "", message)

@@ -216,20 +216,20 @@ def test_array_cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("sizes", [[], [0], [16, 8], [8, 8], [(8, 8), (16, 8)], [(8, 8, 3)], [8.0]])
 def test_sizes_are_checked(sizes):
-    with pytest.raises(ValueError, match="^sizes: got"):
+    with pytest.raises(ValueError, match="^sizes="):
         ImageLevels.build(noise(), sizes)
 
 
 @pytest.mark.parametrize("name, value", [("channels", 2), ("on_bad_image", "ignore"), ("num_threads", 0)])
 def test_arguments_are_checked(name, value):
-    with pytest.raises(ValueError, match=f"^{name}: got {value!r}"):
+    with pytest.raises(ValueError, match=f"^{name}={value!r}"):
         ImageLevels.build(noise(), [8], **{name: value})
 
 
 def test_arrays_must_fit():
-    with pytest.raises(ValueError, match=r"^arrays: got uint8 \[5, 32, 32, 3\] for level 16×16"):
+    with pytest.raises(ValueError, match=r"^arrays=uint8 \[5, 32, 32, 3\] for level 16×16"):
         ImageLevels([16], [noise()], list("abcde"))
-    with pytest.raises(ValueError, match="^arrays: got float64"):
+    with pytest.raises(ValueError, match="^arrays=float64"):
         ImageLevels([32], [noise().astype(float)], list("abcde"))
 
 

@@ -71,13 +71,13 @@ def test_sets_of_images(tmp_path, squeezenet_file):
 
 
 def test_what_is_missing_is_said(tmp_path):
-    with pytest.raises(ValueError, match="^name: got 'fid'; accepted are 'consistency', 'frechet_distance'"):
+    with pytest.raises(ValueError, match="^name='fid': expected one of 'consistency', 'frechet_distance'"):
         metrics.load("fid")
     metric = metrics.load("psnr", cache_dir=str(tmp_path))
     metric.add_batch(predictions=images(1, 0), references=images(1, 1))
-    with pytest.raises(ValueError, match=r"^data_range: got None; accepted is compute\(data_range=...\)"):
+    with pytest.raises(ValueError, match=r"^data_range=None: expected compute\(data_range=...\)"):
         metric.compute()
-    with pytest.raises(ValueError, match="^config_name: got 'pixels'"):
+    with pytest.raises(ValueError, match="^config_name='pixels'"):
         metrics.load("kid", config_name="pixels", cache_dir=str(tmp_path))
 
 

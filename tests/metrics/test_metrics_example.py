@@ -129,9 +129,7 @@ def test_equal_pairs_and_a_resolution(run, tmp_path):
     report = json.loads((tmp_path / "scores.json").read_text())
     assert float(report["results"][0]["value"]) == math.inf and report["results"][0]["interval"] is None
     _, complaint, code = run(*flags, tmp_path / "b")
-    assert code == 2 and complaint.startswith(
-        "error: image 0: got sizes (36, 36) and (40, 40); accepted are equal ones"
-    )
+    assert code == 2 and complaint.startswith("error: image 0: has sizes (36, 36) and (40, 40); expected equal ones")
     assert run(*flags, tmp_path / "b", "--resolution", 24)[2] == 0
     report = json.loads((tmp_path / "scores.json").read_text())
     assert "bicubic" in report["images"]["resize"] and report["settings"]["resolution"] == [24]
@@ -164,25 +162,25 @@ def test_a_model_against_a_folder(run, tmp_path, squeezenet_file):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--generated G", "--generated, --reference: got sizes"),
-        ("--generated none", "source: .*none' does not exist"),
-        ("", "--generated, --model: got both or none"),
-        ("--generated G --model M", "--generated, --model: got both or none"),
-        ("--generated R --metrics psnr", r"--metrics: got \['psnr'\] without --paired"),
-        ("--generated R --paired --metrics kid", r"--metrics: got \['kid'\] with --paired"),
+        ("--generated G", "--generated, --reference: have sizes"),
+        ("--generated none", "source=.*none' does not exist"),
+        ("", "--model=None: expected either it or --generated"),
+        ("--generated G --model M", "--model='.*': expected either it or --generated"),
+        ("--generated R --metrics psnr", r"--metrics=\('psnr',\): expected some of .* without --paired"),
+        ("--generated R --paired --metrics kid", r"--metrics=\('kid',\): expected some of .* with --paired"),
         ("--generated G --paired", "G, .*R: 1 names are in one only, such as 'image 4'"),
-        ("--generated R --paired --metrics consistency", "--low_res: accepted is the folder"),
-        ("--generated R --paired --crop_border 99", "crop_border: got 99"),
-        ("--generated R --features resnet", "name: got 'resnet'"),
-        ("--generated R --weights none", "weights: got 'none', which is no file"),
-        ("--generated R --resolution 0", r"--resolution: got \[0\]"),
-        ("--generated R --batch_size 0", "--num_images, --batch_size"),
-        ("--generated R --resamples 1", "--resamples: got 1"),
-        ("--generated R --device abacus", "--device: got 'abacus'"),
+        ("--generated R --paired --metrics consistency", "--low_res=None: expected the inputs"),
+        ("--generated R --paired --crop_border 99", "crop_border=99"),
+        ("--generated R --features resnet", "name='resnet'"),
+        ("--generated R --weights none", "weights='none', which is no file"),
+        ("--generated R --resolution 0", r"--resolution=\(0,\)"),
+        ("--generated R --batch_size 0", "--batch_size=0"),
+        ("--generated R --resamples 1", "--resamples=1"),
+        ("--generated R --device abacus", "device='abacus'"),
         ("--generated R --metrics fid", "argument '--metrics'.*'kid'"),
         ("--model SR", "--model: a ResidualSRPipeline enlarges images; .*pyrdiff upscale"),
         ("--generated B", "bad image .*image 1.png: "),
-        ("--generated R --paired --metrics lpips --lpips_weights none", "weights: got 'none'"),
+        ("--generated R --paired --metrics lpips --lpips_weights none", "weights='none'"),
         ("--model none", "path_or_repo='none': expected a folder"),
         ("--model R", "path_or_repo=.*expected an exported pipeline"),
     ],

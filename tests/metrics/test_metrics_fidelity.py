@@ -110,15 +110,15 @@ def test_consistency_by_default_is_antialiased_bicubic():
 def test_bad_settings():
     a = torch.rand(1, 3, 16, 16)
     for metric in (psnr, ssim):
-        with pytest.raises(ValueError, match="^channels: got 'Y'; accepted are 'rgb' and 'y'"):
+        with pytest.raises(ValueError, match="^channels='Y': expected 'rgb' or 'y'"):
             metric(a, a, data_range=UNIT, channels="Y")
-        with pytest.raises(ValueError, match="^channels: got 'y' for images of 1 channel"):
+        with pytest.raises(ValueError, match="^channels='y' for images of 1 channel"):
             metric(a[:, :1], a[:, :1], data_range=UNIT, channels="y")
-        with pytest.raises(ValueError, match="^crop_border: got 8 .*accepted are 0"):
+        with pytest.raises(ValueError, match="^crop_border=8 .*expected 0"):
             metric(a, a, data_range=UNIT, crop_border=8)
-    with pytest.raises(ValueError, match="^crop_border: .*accepted are images of 11 pixels a side"):
+    with pytest.raises(ValueError, match="^crop_border=.*expected images of 11 pixels a side"):
         ssim(a[..., :10], a[..., :10], data_range=UNIT)
-    with pytest.raises(ValueError, match=r"^output, low_res: got \[1, 3, 16, 16\] and \[1, 3, 32, 16\]"):
+    with pytest.raises(ValueError, match=r"^output=\[1, 3, 16, 16\], low_res=\[1, 3, 32, 16\]"):
         consistency(a, a.repeat(1, 1, 2, 1), data_range=UNIT)
-    with pytest.raises(ValueError, match=r"^down: got .*which gives \[1, 3, 16, 16\]; accepted is one that gives"):
+    with pytest.raises(ValueError, match=r"^down=.*which gives \[1, 3, 16, 16\]: expected one that gives"):
         consistency(a, a[..., ::2, ::2], data_range=UNIT, down=torch.nn.Identity())

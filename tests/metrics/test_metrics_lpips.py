@@ -83,20 +83,18 @@ def test_what_is_missing_is_said(lpips_heads, alexnet_file, squeezenet_file, tmp
         (odd, "which is not a state dict of alexnet"),
         (tmp_path / "nan.pth", "not finite"),
     ):
-        with pytest.raises(ValueError, match=f"^weights: got .*{message}") as error:
+        with pytest.raises(ValueError, match=f"^weights=.*{message}") as error:
             lpips(*pair, data_range=UNIT, weights=weights)
         assert "\n" not in str(error.value)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no route")))
-    with pytest.raises(
-        ValueError, match=r"^weights: got None, but https.*alexnet.* \(no route\); accepted is the path"
-    ):
+    with pytest.raises(ValueError, match=r"^weights=None, but https.*alexnet.* \(no route\): expected the path"):
         lpips(*pair, data_range=UNIT)
-    with pytest.raises(ValueError, match="^network: got 'resnet'; accepted are 'alex', 'squeeze', 'vgg'"):
+    with pytest.raises(ValueError, match="^network='resnet': expected one of 'alex', 'squeeze', 'vgg'"):
         lpips(*pair, data_range=UNIT, network="resnet")
     for network, trunk in (("alex", "alexnet"), ("vgg", "vgg16")):
         small = [image[..., : SMALLEST[trunk] - 1] for image in pair]
-        with pytest.raises(ValueError, match="^prediction: got images .* sides of"):
+        with pytest.raises(ValueError, match="^prediction with images .* sides of"):
             lpips(*small, data_range=UNIT, network=network, weights=alexnet_file)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"^lpips: .*`pip install --no-deps lpips==0.1.4`"):

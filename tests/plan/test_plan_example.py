@@ -1,7 +1,7 @@
 """examples/plan.py, as a user runs it."""
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -16,11 +16,24 @@ from pyrdiff.methods.pddpm import plans
 EXAMPLE = Path(__file__).parents[2] / "examples" / "plan.py"
 
 
-def run(*flags: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(EXAMPLE), *flags], capture_output=True, text=True)
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the script with flags: its exit code, what it printed, and the last line of stderr."""
+
+    def call(*flags) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(EXAMPLE), *map(str, flags)])
+        code = 0
+        try:
+            runpy.run_path(str(EXAMPLE), run_name="__main__")
+        except SystemExit as stopped:
+            code = stopped.code or 0
+        printed, said = capsys.readouterr()
+        return code, printed, (said.strip().splitlines() or [""])[-1]
+
+    return call
 
 
-def test_it_prints_the_plans_and_chooses(tmp_path):
+def test_it_prints_the_plans_and_chooses(run, tmp_path):
     torch.manual_seed(0)
     network = pyrdiff.CoordinateUNet2DModel(
         block_out_channels=(8, 8),
@@ -31,37 +44,33 @@ def test_it_prints_the_plans_and_chooses(tmp_path):
         resolutions=(4, 8, 16),
         image_channels=1,
     )
-    model = tmp_path / "model"
-    pyrdiff.hub.export(pyrdiff.PyramidalPipeline(network, DDPMScheduler(), plans=plans()), model)
-    flags = ["--model", str(model), "--batch_size", "2", "--costs", str(tmp_path / "costs.json"), "--device", "cpu"]
-    done = run(*flags, "--budget_ms", "1000000")
-    assert done.returncode == 0, done.stderr
-    assert all(f"  {name} " in done.stdout for name in plans()) and "chosen: paper" in done.stdout
+    model = pyrdiff.hub.export(pyrdiff.PyramidalPipeline(network, DDPMScheduler(), plans=plans()), tmp_path / "model")
+    flags = ["--model", model, "--costs", tmp_path / "costs.json", "--device", "cpu", "--batch_size"]
+    code, printed, said = run(*flags, 2, "--budget_ms", 1000000)
+    assert code == 0 and all(f"  {name} " in printed for name in plans()) and "chosen: paper" in printed, said
     costs = json.loads((tmp_path / "costs.json").read_text())
     assert costs["batch_size"] == 2 and len(costs["seconds"]) == 2, "DDPM and the solver of the shorter plans"
-    done = run(*flags, "--budget_ms", "0.000001")
-    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1].startswith("error: budget_ms=1e-06: expected")
-    done = run(*flags[:2], "--batch_size", "3", *flags[4:])
-    expected = "error: costs were measured with batch_size=2: expected batch_size=3"
-    assert done.returncode == 2 and done.stderr.strip().splitlines()[-1] == expected
+    code, _, said = run(*flags, 2, "--budget_ms", 0.000001)
+    assert code == 2 and said.startswith("error: budget_ms=1e-06: expected")
+    code, _, said = run(*flags, 3)
+    assert (code, said) == (2, "error: costs were measured with batch_size=2: expected batch_size=3")
 
     score = {"frechet": 9.0, "frechet_interval": [8.0, 10.0]}
     arm = {"settings": {"loop": "saved", "arguments": {"plan": plans()["fast"]}}, "score": score}
     best = {"settings": {"loop": "saved", "arguments": {"plan": plans()["paper"]}}, "score": {**score, "frechet": 8.5}}
     (tmp_path / "bench.json").write_text(json.dumps({"arms": {"quick": arm, "long": best}}))
-    done = run(*flags, "--budget_ms", "1000000", "--bench", str(tmp_path / "bench.json"))
-    assert done.returncode == 0, done.stderr
-    assert "distance 9 [8, 10]" in done.stdout and "chosen: quick" in done.stdout
-    done = run(*flags, "--json")
-    result = json.loads(done.stdout)
-    assert done.returncode == 0 and set(result["plans"]) == set(plans()) and result["chosen"] is None
+    code, printed, said = run(*flags, 2, "--budget_ms", 1000000, "--bench", tmp_path / "bench.json")
+    assert code == 0 and "distance 9 [8, 10]" in printed and "chosen: quick" in printed, said
+    code, printed, _ = run(*flags, 2, "--json")
+    result = json.loads(printed)
+    assert code == 0 and set(result["plans"]) == set(plans()) and result["chosen"] is None
     assert result["plans"]["fast"]["calls"] == [20, 3, 2] and result["plans"]["fast"]["ms_per_image"] > 0
 
 
 @pytest.mark.parametrize("flags, said", [
-    ({"batch_size": 0}, "--batch_size: got 0"),
-    ({"budget_ms": 1.0, "target": 1.0, "bench": "b"}, "--budget_ms, --target: got both"),
-    ({"target": 1.0}, "--target: got 1.0 without --bench"),
+    ({"batch_size": 0}, "--batch_size=0"),
+    ({"budget_ms": 1.0, "target": 1.0, "bench": "b"}, "--target=1.0: expected either it or --budget_ms"),
+    ({"target": 1.0}, "--target=1.0: expected none without --bench"),
 ])  # fmt: skip
 def test_what_flags_alone_get_wrong_is_said_before_any_timing(flags, said):
     with pytest.raises(ValueError, match=said):

@@ -567,7 +567,7 @@ def bad_runs(tmp_path: Path) -> dict[str, tuple[dict, str]]:
         "one level": (dict(block_out_channels=[32]), r"block_out_channels=\[32\]: expected 2 levels or more"),
         "no validation": (dict(validation_data_dir="./" + nothing), "does not exist"),
         "small validation": (dict(validation_data_dir=small), "16x12 pixels, smaller than 16x16"),
-        "lpips size": (dict(lpips_network="alex"), "lpips_network='alex': .*accepted"),
+        "lpips size": (dict(lpips_network="alex"), "lpips_network='alex': .*expected"),
         "lpips weights": (
             dict(lpips_network="vgg", lpips_weights=nothing),
             "lpips_network='vgg': .*(which is no file|lpips package)",

@@ -25,8 +25,9 @@ from pyrdiff import (
     ResidualSRUNet2DModel,
     ScaleAutoencoder,
 )
-from pyrdiff.web import session as module
-from pyrdiff.web.session import Busy, Cancelled, Level, Progress, Result, Session
+from pyrdiff.web import run as running
+from pyrdiff.web.events import Busy, Cancelled, Level, Progress, Result
+from pyrdiff.web.session import STATES, Session
 
 PLANS = {"fast": {"num_inference_steps": 2, "refine_steps": [2]}, "long": {"num_inference_steps": 4, "refine_steps": 3}}
 
@@ -107,7 +108,7 @@ def picture(tmp_path) -> str:
 @pytest.fixture
 def each_call(monkeypatch):
     """Progress at every network call, however fast they are."""
-    monkeypatch.setattr(module, "SECONDS_BETWEEN", 0.0)
+    monkeypatch.setattr(running, "SECONDS_BETWEEN", 0.0)
 
 
 # What a model can do.
@@ -212,7 +213,7 @@ def test_trajectory():
     _, _, (result,) = events(session.trajectory(2, 1, {"num_passes": 2}))
     titles = [title for title, _ in result.columns]
     assert titles[0] == "structure" and titles[1] == "t = 20" and titles[-1] == "image"
-    assert len(titles) == 2 + module.STATES and result.calls == 2
+    assert len(titles) == 2 + STATES and result.calls == 2
     generator = [torch.Generator().manual_seed(1 + index) for index in range(2)]
     assert same(result.columns[-1][1], session.pipeline(2, num_passes=2, generator=generator).images)
 

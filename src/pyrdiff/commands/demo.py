@@ -14,7 +14,7 @@ import tempfile
 import threading
 from dataclasses import dataclass
 
-from pyrdiff.cli import parse
+from pyrdiff.cli import expect, parse
 
 
 @dataclass(kw_only=True)
@@ -37,10 +37,8 @@ class DemoSettings:
     """Open the page in the browser."""
 
     def __post_init__(self):
-        if not 0 <= self.port < 65536:
-            raise ValueError(f"port={self.port}: expected a number from 0 to 65535")
-        if not 0 < self.max_megapixels <= 100:
-            raise ValueError(f"max_megapixels={self.max_megapixels}: expected a number above 0, up to 100")
+        expect(self, "port", 0 <= self.port < 65536, "a number from 0 to 65535")
+        expect(self, "max_megapixels", 0 < self.max_megapixels <= 100, "a number above 0, up to 100")
 
 
 def main(args: list[str]) -> dict:

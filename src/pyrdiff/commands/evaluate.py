@@ -6,15 +6,23 @@ image with the one of its name. Images are compared at the size they have; where
 fit them to.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from pyrdiff.cli import parse
-from pyrdiff.commands.sample import check_call, generate, open_device, write_json
-from pyrdiff.machine import versions
+from pyrdiff.cli import expect, parse
+from pyrdiff.commands.sample import check_call, generate, write_json
+from pyrdiff.machine import open_device, versions
 
-SetMetric = Literal["frechet_distance", "kid", "precision_recall"]
+if TYPE_CHECKING:
+    import torch
+
+    from pyrdiff.data import ImageSource
+    from pyrdiff.metrics import MetricResult, Score
+
+SetMetric = Literal["frechet_distance", "kid", "precision_recall"]  # as pyrdiff.metrics, without importing torch
 PairMetric = Literal["psnr", "ssim", "lpips", "consistency"]
 SETS, PAIRS = get_args(SetMetric), get_args(PairMetric)
 PLAN = ("plan", "num_inference_steps", "refine_steps", "refine_strength", "num_passes")
@@ -77,105 +85,106 @@ class EvaluateSettings:
         if self.metrics is None:
             self.metrics = ("psnr", "ssim") if self.paired else SETS
         accepted = PAIRS if self.paired else SETS
-        wrong = [name for name in self.metrics if name not in accepted]
-        if wrong:
-            mode = "with --paired" if self.paired else "without --paired"
-            raise ValueError(f"--metrics: got {wrong} {mode}; accepted are {list(accepted)}")
-        if (self.generated is None) == (self.model is None):
-            raise ValueError("--generated, --model: got both or none; accepted is one of them")
-        if self.paired and self.model is not None:
-            raise ValueError("--model: got one with --paired; accepted there is --generated")
-        if ("consistency" in self.metrics) != (self.low_res is not None):
-            raise ValueError(
-                "--low_res: accepted is the folder of the inputs, with --metrics consistency and only there"
-            )
-        if self.resolution and (len(self.resolution) > 2 or min(self.resolution) < 1):
-            raise ValueError(f"--resolution: got {list(self.resolution)}; accepted are one or two sides of 1 or more")
-        if min(self.num_images, self.batch_size) < 1:
-            raise ValueError("--num_images, --batch_size: accepted is 1 or more")
-        if self.resamples != 0 and self.resamples < 2:
-            raise ValueError(f"--resamples: got {self.resamples}; accepted are 0 and 2 or more")
+        mode = "with --paired" if self.paired else "without --paired"
+        expect(self, "metrics", set(self.metrics) <= set(accepted), f"some of {list(accepted)} {mode}")
+        expect(self, "model", (self.generated is None) != (self.model is None), "either it or --generated")
+        expect(self, "model", not self.paired or self.model is None, "--generated instead, with --paired")
+        given = self.low_res is not None
+        expect(
+            self, "low_res", given == ("consistency" in self.metrics), "the inputs' folder if --metrics has consistency"
+        )
+        check_resolution(self)
+        for name in ("num_images", "batch_size"):
+            expect(self, name, getattr(self, name) >= 1, "1 or more")
+        expect(self, "resamples", self.resamples == 0 or self.resamples >= 2, "0, or 2 or more")
+        expect(self, "output", self.output is None or not Path(self.output).is_dir(), "a file to write")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width) that images are fitted to."""
+        return (self.resolution[0], self.resolution[-1]) if self.resolution else None
 
 
-def read(source, index: int, channels: int, resolution: list[int] | None):
-    """Image `index` as float [C, H, W] in [0, 1], fitted to `resolution` if there is one."""
-    import numpy as np
-    import torch
-
-    from pyrdiff.data import decode_image, fit_image
-
-    image = decode_image(source.read(index), channels, name=source.names[index])
-    if resolution:
-        image = fit_image(image, resolution[0], resolution[-1])
-    return torch.from_numpy(np.array(image).reshape(image.height, image.width, channels)).permute(2, 0, 1).float() / 255
+def check_resolution(settings: object) -> None:
+    """Raises `ValueError` unless `--resolution` is none, a side, or a height and a width."""
+    sides = settings.resolution
+    good = sides is None or (len(sides) in (1, 2) and min(sides) >= 1)
+    expect(settings, "resolution", good, "one or two sides of 1 or more")
 
 
-def sizes(source) -> list[tuple[int, int]]:
-    """(height, width) of each image. Every image is decoded, so a bad one stops everything before any work."""
-    from pyrdiff.data import decode_image
-
-    images = (decode_image(source.read(index), 3, name=source.names[index]) for index in range(len(source)))
-    return [(image.height, image.width) for image in images]
-
-
-def stems(source, folder: str) -> dict[str, int]:
-    """Index by path below the folder, without the suffix."""
+def stems(source: "ImageSource", folder: str) -> dict[str, int]:
+    """Index of each image by its path below the folder, without the suffix."""
     found = {}
     for index, name in enumerate(source.names):
         stem = Path(name).relative_to(folder).with_suffix("").as_posix()
         if stem in found:
-            raise ValueError(f"{folder}: got two images called {stem!r}; accepted is one of each name with --paired")
+            raise ValueError(f"{folder}: has two images called {stem!r}; expected one of each name with --paired")
         found[stem] = index
     return found
 
 
-def compare_pairs(settings: EvaluateSettings, device) -> list:
+def compare_pairs(settings: EvaluateSettings, device: "torch.device") -> "list[Score]":
+    """Each image with the one of its name."""
     import torch
 
     from pyrdiff import metrics
-    from pyrdiff.data import open_source
+    from pyrdiff.data import image_tensor, read_image
+
+    sources, names = open_pairs(settings)
+    lpips = dict(network=settings.lpips_network, weights=settings.lpips_weights, data_range=UNIT)
+    if "lpips" in settings.metrics:  # fails before any work if its weights are missing
+        probe = torch.zeros(1, 3, 64, 64, device=device)
+        metrics.lpips(probe, probe, **lpips)
+
+    def read(kind: int, stem: str, size: tuple[int, int] | None) -> torch.Tensor:
+        return image_tensor([read_image(sources[kind], names[kind][stem], 3, size)]).to(device)
+
+    results: dict[str, list[MetricResult]] = {name: [] for name in settings.metrics}
+    for stem in names[0]:
+        ours, theirs = (read(kind, stem, settings.size) for kind in (0, 1))
+        for name, kept in results.items():
+            if name == "lpips":
+                kept.append(metrics.lpips(ours, theirs, **lpips))
+            elif name == "consistency":
+                kept.append(metrics.consistency(ours, read(2, stem, None), data_range=UNIT))
+            else:
+                arguments = dict(channels=settings.channels, crop_border=settings.crop_border, data_range=UNIT)
+                kept.append(getattr(metrics, name)(ours, theirs, **arguments))
+    return [
+        metrics.score_of_mean(metrics.combine(kept), settings.resamples, name in ("psnr", "ssim"))
+        for name, kept in results.items()
+    ]
+
+
+def open_pairs(settings: EvaluateSettings) -> "tuple[list[ImageSource], list[dict[str, int]]]":
+    """
+    The generated, the real and perhaps the small images, and for each the index by name.
+
+    Raises:
+        ValueError: if a name is missing in one of them, or sizes differ; every image is decoded for that.
+    """
+    from pyrdiff.data import open_source, sizes_of
 
     folders = [settings.generated, settings.reference, *([settings.low_res] if settings.low_res else [])]
     for folder in folders:
         if not Path(folder).is_dir():
-            raise ValueError(f"{folder!r} is no folder; accepted with --paired are folders of images")
+            raise ValueError(f"{folder!r} is no folder: expected folders of images with --paired")
     sources = [open_source(Path(folder)) for folder in folders]
     names = [stems(source, folder) for source, folder in zip(sources, folders, strict=True)]
     for folder, found in zip(folders, names, strict=True):
         odd = sorted(set(found) ^ set(names[0]))
         if odd:
             raise ValueError(f"{folders[0]}, {folder}: {len(odd)} names are in one only, such as {odd[0]!r}")
-    known = [sizes(source) for source in sources]
+    sizes = [sizes_of(source) for source in sources]
     for stem, index in names[0].items():
-        ours, theirs = known[0][index], known[1][names[1][stem]]
+        ours, theirs = sizes[0][index], sizes[1][names[1][stem]]
         if ours != theirs and not settings.resolution:
-            raise ValueError(f"{stem}: got sizes {ours} and {theirs}; accepted are equal ones, or --resolution")
-    lpips = dict(network=settings.lpips_network, weights=settings.lpips_weights, data_range=UNIT)
-    if "lpips" in settings.metrics:
-        probe = torch.zeros(1, 3, 64, 64, device=device)
-        metrics.lpips(probe, probe, **lpips)
-
-    results = {name: [] for name in settings.metrics}
-    for stem in names[0]:
-        pair = [
-            read(source, found[stem], 3, settings.resolution)[None].to(device)
-            for source, found in zip(sources[:2], names[:2], strict=True)
-        ]
-        for name, kept in results.items():
-            if name == "lpips":
-                kept.append(metrics.lpips(*pair, **lpips))
-            elif name == "consistency":
-                small = read(sources[2], names[2][stem], 3, None)[None].to(device)
-                kept.append(metrics.consistency(pair[0], small, data_range=UNIT))
-            else:
-                arguments = dict(channels=settings.channels, crop_border=settings.crop_border, data_range=UNIT)
-                kept.append(getattr(metrics, name)(*pair, **arguments))
-    combined = [metrics.combine(kept) for kept in results.values()]
-    return [(result, interval(mean, result.per_image, settings)) for result in combined]
+            raise ValueError(f"{stem}: has sizes {ours} and {theirs}; expected equal ones, or --resolution")
+    return sources, names
 
 
-def sample(settings: EvaluateSettings, accepted: tuple[int, int] | None, device):
-    """Images of the model as a source. Image k has seed + k, whatever the batch."""
+def sample(settings: EvaluateSettings, expected_size: tuple[int, int] | None, device: "torch.device") -> "ImageSource":
+    """Images of the model as a source. Image k has the seed `--seed` + k, whatever the batch."""
     import numpy as np
 
     import pyrdiff
@@ -188,75 +197,48 @@ def sample(settings: EvaluateSettings, accepted: tuple[int, int] | None, device)
     seeds, images = range(settings.seed, settings.seed + settings.num_images), []
     for image in generate(pipeline, seeds, settings.batch_size, plan):
         size = image.height, image.width
-        if accepted and size != accepted:
+        if expected_size and size != expected_size:
             raise ValueError(
-                f"--model: its images have size {size}, the reference {accepted}; accepted is --resolution"
+                f"--model: its images have size {size}, the reference {expected_size}; expected --resolution"
             )
         images.append(np.asarray(image))
     return open_source(np.stack(images))
 
 
-def compare_sets(settings: EvaluateSettings, device) -> list:
+def compare_sets(settings: EvaluateSettings, device: "torch.device") -> "list[Score]":
+    """A set of generated images with a set of real ones."""
     import torch
 
     from pyrdiff import metrics
-    from pyrdiff.data import open_source
+    from pyrdiff.data import image_tensor, open_source, read_image, sizes_of
 
     network = metrics.open_features(settings.features, settings.weights, device=device, batch_size=settings.batch_size)
     reference = open_source(Path(settings.reference), array_key=settings.array_key)
     generated = None if settings.model else open_source(Path(settings.generated))
-    found = set(sizes(reference)) | (set(sizes(generated)) if generated else set())
-    if len(found) > 1 and not settings.resolution:
-        raise ValueError(f"--generated, --reference: got sizes {sorted(found)[:4]}; accepted is one, or --resolution")
+    sizes = set(sizes_of(reference)) | (set(sizes_of(generated)) if generated else set())
+    if len(sizes) > 1 and not settings.resolution:
+        raise ValueError(f"--generated, --reference: have sizes {sorted(sizes)[:4]}; expected one, or --resolution")
     counts = {"--reference": len(reference), "--generated": len(generated) if generated else settings.num_images}
     for flag, count in counts.items():
         if count < 4:
-            raise ValueError(f"{flag}: got {count} images; accepted are 4 or more")
+            raise ValueError(f"{flag}: has {count} images; expected 4 or more")
     if generated is None:
-        generated = sample(settings, None if settings.resolution else found.pop(), device)
+        generated = sample(settings, None if settings.resolution else sizes.pop(), device)
 
-    def features(source):
-        collected = []
+    def features(source: "ImageSource") -> torch.Tensor:
+        found = []
         for start in range(0, len(source), settings.batch_size):
             indices = range(start, min(start + settings.batch_size, len(source)))
-            images = torch.stack([read(source, index, network.channels, settings.resolution) for index in indices])
-            collected.append(network(images, data_range=UNIT))
-        return torch.cat(collected)
+            images = [read_image(source, index, network.channels, settings.size) for index in indices]
+            found.append(network(image_tensor(images, network.channels), data_range=UNIT))
+        return torch.cat(found)
 
-    real, fake = features(reference), features(generated)
-    statistics = metrics.FeatureStatistics(real.shape[1], device).update(real)
-
-    def distance(part):
-        return statistics.distance(metrics.FeatureStatistics(real.shape[1], device).update(part))
-
-    results = []
-    for name in settings.metrics:
-        if name == "frechet_distance":
-            result = metrics.frechet_distance(real, fake, features=network)
-            results.append((result, interval(distance, fake, settings)))
-        elif name == "kid":
-            result = metrics.kid(real, fake, features=network)
-            results.append((result, interval(metrics.KernelReference(real).distance, fake, settings)))
-        else:
-            precision, recall = metrics.precision_recall(real, fake, features=network)
-            results += [(precision, interval(mean, precision.per_image, settings)), (recall, None)]
-    return results
+    comparison = metrics.SetComparison(features(reference), network, settings.resamples)
+    return comparison.scores(features(generated), settings.metrics)
 
 
-def mean(values):
-    return values.mean()
-
-
-def interval(statistic, sample, settings: EvaluateSettings) -> list[float] | None:
-    """95 % about the figure at this count, over the generated images; None where it does not exist."""
-    from pyrdiff.metrics import bootstrap_interval
-
-    if settings.resamples == 0 or len(sample) < 2 or not sample.isfinite().all():
-        return None
-    return list(bootstrap_interval(statistic, sample, resamples=settings.resamples))
-
-
-def table(results: list[dict]) -> str:
+def table(results: Sequence[dict]) -> str:
+    """The results, a line each."""
     rows = [("metric", "value", "95 % interval", "images", "reference images")]
     for result in results:
         between = "-" if result["interval"] is None else "{:.5g} to {:.5g}".format(*result["interval"])
@@ -270,15 +252,14 @@ def table(results: list[dict]) -> str:
 
 def main(args: list[str]) -> dict:
     settings = parse(EvaluateSettings, __doc__, args, prog="pyrdiff evaluate")
-    if settings.output and Path(settings.output).is_dir():
-        raise ValueError(f"--output: got the folder {settings.output!r}; accepted is a file to write")
     device = open_device(settings.device)
-    found = compare_pairs(settings, device) if settings.paired else compare_sets(settings, device)
+    scores = compare_pairs(settings, device) if settings.paired else compare_sets(settings, device)
 
     results = []
-    for result, between in found:
-        value = result.value if abs(result.value) < float("inf") else str(result.value)  # JSON has no infinity
-        results.append({"name": result.name, "value": value, "interval": between, "conventions": result.conventions})
+    for result, interval, _ in scores:
+        value = result.value if math.isfinite(result.value) else str(result.value)  # JSON has no infinity
+        interval = None if interval is None else list(interval)
+        results.append({"name": result.name, "value": value, "interval": interval, "conventions": result.conventions})
     resize = "fitted to --resolution: cut to its aspect, bicubic, antialiased" if settings.resolution else None
     report = {
         "settings": asdict(settings),

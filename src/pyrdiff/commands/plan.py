@@ -9,8 +9,8 @@ a target the cheapest that reaches it, within a budget the cheapest of those tha
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pyrdiff.cli import parse
-from pyrdiff.commands.sample import open_device
+from pyrdiff.cli import expect, parse
+from pyrdiff.machine import open_device
 
 
 @dataclass(kw_only=True)
@@ -33,12 +33,9 @@ class PlanSettings:
     """By default the GPU if there is one."""
 
     def __post_init__(self):
-        if self.batch_size < 1:
-            raise ValueError(f"--batch_size: got {self.batch_size}; accepted is 1 or more")
-        if self.budget_ms is not None and self.target is not None:
-            raise ValueError("--budget_ms, --target: got both; accepted is one of them")
-        if self.target is not None and self.bench is None:
-            raise ValueError(f"--target: got {self.target} without --bench; accepted is both")
+        expect(self, "batch_size", self.batch_size >= 1, "1 or more")
+        expect(self, "target", self.target is None or self.budget_ms is None, "either it or --budget_ms")
+        expect(self, "target", self.target is None or self.bench is not None, "none without --bench")
 
 
 def main(args: list[str]) -> dict:
@@ -49,7 +46,7 @@ def main(args: list[str]) -> dict:
     device = open_device(settings.device)
     pipeline = pyrdiff.load(settings.model)
     if not hasattr(pipeline, "plan"):
-        raise ValueError(f"--model: a {type(pipeline).__name__} lays out no plans; accepted is a model that does")
+        raise ValueError(f"--model: a {type(pipeline).__name__} lays out no plans; expected a model that does")
     pipeline.to(device)
     plans, quality, intervals = dict(pipeline.config.plans or {}), None, None
     if settings.bench:

@@ -14,10 +14,15 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from pyrdiff.cli import parse
-from pyrdiff.machine import versions
+from pyrdiff.cli import expect, parse
+from pyrdiff.machine import open_device, versions
+from pyrdiff.training.settings import parse_size
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from PIL import Image
 
 FLAGS = ("plan", "num_inference_steps", "refine_steps", "refine_strength", "num_passes", "resolutions")
 OURS = ("batch_size", "generator", "output_type", "return_dict")  # arguments of the call that the command sets
@@ -64,12 +69,9 @@ class SampleSettings:
 
     def __post_init__(self):
         for name in ("num_images", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name}: got {getattr(self, name)}; accepted is 1 or more")
-        if self.grid is not None and Path(self.grid).is_dir():
-            raise ValueError(f"--grid: got the folder {self.grid!r}; accepted is a file to write")
-        if not 0 <= self.seed <= 2**63 - self.num_images:
-            raise ValueError(f"--seed: got {self.seed}; accepted is 0 or more, below 2**63 for the last image")
+            expect(self, name, getattr(self, name) >= 1, "1 or more")
+        expect(self, "grid", self.grid is None or not Path(self.grid).is_dir(), "a file to write")
+        expect(self, "seed", 0 <= self.seed <= 2**63 - self.num_images, "0 or more, below 2**63 for the last image")
         call_arguments(self)
 
 
@@ -80,67 +82,53 @@ def call_arguments(settings: SampleSettings) -> dict:
     Raises:
         ValueError: if `--arguments` is no JSON object, or says what a flag says; for a size that is none.
     """
-    found = {name: getattr(settings, name) for name in FLAGS if getattr(settings, name) is not None}
-    if len(found.get("refine_steps", ())) == 1:
-        found["refine_steps"] = settings.refine_steps[0]
-    if "resolutions" in found:
-        found["resolutions"] = [_size(text) for text in settings.resolutions]
+    arguments = {name: getattr(settings, name) for name in FLAGS if getattr(settings, name) is not None}
+    if len(arguments.get("refine_steps", ())) == 1:
+        arguments["refine_steps"] = settings.refine_steps[0]
+    if "resolutions" in arguments:
+        sizes = arguments["resolutions"] = [parse_size(text) for text in settings.resolutions]
+        expect(settings, "resolutions", None not in sizes, "sizes such as 64, or 48x64 for height x width")
     try:
         further = {} if settings.arguments is None else json.loads(settings.arguments)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--arguments: got {settings.arguments!r}; accepted is a JSON object ({error})") from error
-    if not isinstance(further, dict):
-        raise ValueError(f"--arguments: got {settings.arguments!r}; accepted is a JSON object")
-    twice = [name for name in further if name in found or name in OURS]
-    if twice:
-        raise ValueError(f"--arguments: got {twice[0]!r}, which the command sets; accepted are other arguments")
-    return {**found, **further}
+    except json.JSONDecodeError:
+        further = None
+    expect(settings, "arguments", isinstance(further, dict), "a JSON object")
+    twice = [name for name in further if name in arguments or name in OURS]
+    expect(settings, "arguments", not twice, f"other arguments than {twice}, which the command sets")
+    return {**arguments, **further}
 
 
-def _size(text: str) -> int | tuple[int, int]:
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-        raise ValueError(f"--resolutions: got {text!r}; accepted are numbers such as 64, or 48x64 for height x width")
-    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
-
-
-def open_device(name: str | None):
-    """The device of this name, by default the GPU if there is one. Raises ValueError unless it can be used."""
-    import torch
-
-    try:
-        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device: got {name!r}: {error}") from error
-    return device
-
-
-def check_call(pipeline, arguments: dict) -> None:
+def check_call(pipeline: "DiffusionPipeline", arguments: dict) -> None:
     """
-    Whether a pipeline generates images from nothing but these arguments and a generator, as far as the signature of its
-    call says.
+    Refuses a pipeline that does not generate images from these arguments and a generator alone, as far as the signature
+    of its call says.
+
+    Args:
+        pipeline: Any of diffusers.
+        arguments: {argument of the call, which is a flag or a key of `--arguments`: value}.
 
     Raises:
-        ValueError: if not; the argument, which is a flag or a key of `--arguments`, and the pipeline's class are named.
+        ValueError: the argument and the pipeline's class are named.
     """
     name, known = type(pipeline).__name__, inspect.signature(pipeline.__call__).parameters
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    needed = [key for key, each in known.items() if each.default is each.empty and each.kind not in several]
+    needed = [key for key, value in known.items() if value.default is value.empty and value.kind not in several]
     if "image" in needed:
-        raise ValueError(f"--model: a {name} enlarges images; accepted is a model that generates (use pyrdiff upscale)")
+        raise ValueError(f"--model: a {name} enlarges images; expected a model that generates (use pyrdiff upscale)")
     if "generator" not in known:
-        raise ValueError(f"--model: a {name} takes no generator; accepted is a model that does, for --seed")
+        raise ValueError(f"--model: a {name} takes no generator; expected a model that does, for --seed")
     for key in arguments:
         if key not in known:
             what = f"--{key}: not" if key in FLAGS else f"--arguments: {key!r} is not"
-            raise ValueError(f"{what} for a {name}; accepted are {[key for key in known if key not in OURS]}")
+            raise ValueError(f"{what} for a {name}; expected some of {[key for key in known if key not in OURS]}")
     missing = [key for key in needed if key not in arguments and key not in OURS]
     if missing:
-        raise ValueError(f"--model: a {name} needs {missing}; accepted is that with --arguments of pyrdiff sample")
+        raise ValueError(f"--model: a {name} needs {missing}; expected them in --arguments of pyrdiff sample")
 
 
-def generate(pipeline, seeds: Sequence[int], batch_size: int, arguments: dict) -> Iterator:
+def generate(
+    pipeline: "DiffusionPipeline", seeds: Sequence[int], batch_size: int, arguments: dict
+) -> "Iterator[Image.Image]":
     """
     One PIL image a seed, in their order. Each has its own generator, whatever the batch. A pipeline whose call takes no
     `batch_size` makes one image a call.
@@ -158,7 +146,7 @@ def generate(pipeline, seeds: Sequence[int], batch_size: int, arguments: dict) -
         yield from images
 
 
-def load(settings: SampleSettings, arguments: dict):
+def load(settings: SampleSettings, arguments: dict) -> "DiffusionPipeline":
     """The pipeline, checked and on the device."""
     import torch
 
@@ -171,7 +159,7 @@ def load(settings: SampleSettings, arguments: dict):
     return pipeline.to(device)
 
 
-def print_plan(pipeline, arguments: dict) -> None:
+def print_plan(pipeline: "DiffusionPipeline", arguments: dict) -> None:
     """What an image will cost, if the pipeline can say. Raises ValueError for arguments that it refuses."""
     if hasattr(pipeline, "plan"):
         known = inspect.signature(pipeline.plan).parameters

@@ -15,7 +15,7 @@ def main(args: list[str]) -> dict | None:
         print("\npyrdiff train METHOD --help lists the flags.")
         return None
     if args[0].startswith("-"):
-        raise ValueError(f"pyrdiff train: got {args[0]!r} first; expected a method, one of {sorted(methods())}")
+        raise ValueError(f"pyrdiff train {args[0]}: expected a method first, one of {sorted(methods())}")
     method = find(args[0])
     settings = parse(method.settings, method.summary, args[1:], prog=f"pyrdiff train {args[0]}")
     from pyrdiff.training import loop

@@ -18,11 +18,16 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
-from pyrdiff.cli import complain, parse
-from pyrdiff.commands.sample import open_device, write_json
-from pyrdiff.machine import versions
+from pyrdiff.cli import complain, expect, parse
+from pyrdiff.commands.sample import write_json
+from pyrdiff.machine import open_device, versions
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from pyrdiff.data import Picture
 
 GUIDED, TRAINED = ("guidance", "operator", "refine_steps"), ("plan", "num_inference_steps", "color_fix")  # flags
 
@@ -72,109 +77,125 @@ class UpscaleSettings:
     """JSON to write; by default report.json in --output, for a folder."""
 
     def __post_init__(self):
-        if not math.isfinite(self.outscale) or self.outscale < 1:
-            raise ValueError(f"--outscale: got {self.outscale}; accepted is 1 or more")
-        if self.tile is not None and self.tile < 1:
-            raise ValueError(f"--tile: got {self.tile}; accepted is 1 or more")
-        if self.tile_pad is not None and not (self.tile and 0 < self.tile_pad < self.tile):
-            raise ValueError(f"--tile_pad: got {self.tile_pad}; accepted with --tile is 1 or more, less than --tile")
-        for name in ("refine_steps", "num_inference_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name}: got {getattr(self, name)}; accepted is 1 or more")
-        if self.plan and self.num_inference_steps:
-            raise ValueError(
-                f"--num_inference_steps: got {self.num_inference_steps} with --plan; accepted is one of them"
-            )
-        if set(self.suffix) & {"/", os.sep, "\0"}:
-            raise ValueError(f"--suffix: got {self.suffix!r}; accepted is a part of a file name")
+        expect(self, "outscale", 1 <= self.outscale < math.inf, "1 or more")
+        for name in ("tile", "refine_steps", "num_inference_steps"):
+            expect(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
+        overlap = self.tile_pad is None or (self.tile is not None and 0 < self.tile_pad < self.tile)
+        expect(self, "tile_pad", overlap, "1 or more, less than --tile")
+        expect(self, "num_inference_steps", not (self.num_inference_steps and self.plan), "either it or --plan")
+        expect(self, "suffix", not set(self.suffix) & {"/", os.sep, "\0"}, "a part of a file name")
 
 
-def find_work(settings: UpscaleSettings) -> tuple[Path, list[tuple[str, Path, Path]]]:
-    """The folder of the results, and for each picture its path below --input, its file and the file to write."""
-    from pyrdiff.data import list_images
+class Work(NamedTuple):
+    """A picture: its path below `--input`, its file, and the file to write."""
+
+    name: str
+    source: Path
+    target: Path
+
+
+def find_work(settings: UpscaleSettings) -> tuple[Path, list[Work]]:
+    """
+    The folder of the results, and what is to be done.
+
+    Raises:
+        ValueError: if there is nothing to do, or a picture would be written over.
+    """
     from pyrdiff.data.files import WRITTEN
 
     folder, output = Path(settings.input), Path(settings.output)
-    if not folder.exists():
-        raise ValueError(f"--input: {settings.input!r} does not exist; accepted is a file or a folder")
-    if folder.is_dir() and output.is_file():
-        raise ValueError(f"--output: got the file {settings.output!r}; accepted for a folder is a folder")
-    if settings.report and os.path.isdir(settings.report):
-        raise ValueError(f"--report: got the folder {settings.report!r}; accepted is a file to write")
-    if folder.is_dir():
-        sources = list_images(folder)
-        if output.resolve() != folder.resolve() and output.resolve().is_relative_to(folder.resolve()):
-            sources = [path for path in sources if not path.resolve().is_relative_to(output.resolve())]
-    else:
-        folder, sources = folder.parent, [folder]
-
+    expect(settings, "input", folder.exists(), "a file or a folder")
+    expect(settings, "output", not (folder.is_dir() and output.is_file()), "a folder, as --input is one")
+    expect(settings, "report", not (settings.report and os.path.isdir(settings.report)), "a file to write")
+    sources = find_pictures(folder, output)
+    folder = folder if folder.is_dir() else folder.parent
     if os.path.isfile(settings.input) and output.suffix.lower() in WRITTEN and not output.is_dir():
-        if settings.suffix or settings.ext != "auto":
-            raise ValueError(f"--output: got the file {settings.output!r} with --suffix or --ext; accepted is a folder")
+        changed = settings.suffix or settings.ext != "auto"
+        expect(settings, "output", not changed, "a folder, with --suffix or --ext")
         targets, output = [output], output.parent
     else:
         ends = [path.suffix if settings.ext == "auto" else f".{settings.ext}" for path in sources]
         named = [path.with_name(path.stem + settings.suffix + end) for path, end in zip(sources, ends, strict=True)]
         targets = [output / path.relative_to(folder) for path in named]
     names = [path.relative_to(folder).as_posix() for path in sources]
-    work = list(zip(names, sources, targets, strict=True))
-
-    # No picture of the user's is ever replaced, and none is a result of another one.
-    inputs = {os.path.realpath(source): name for name, source, _ in work}
-    earlier = {os.path.realpath(target) for _, source, target in work if not same_file(source, target)}
-    if settings.skip_existing:
-        work = [item for item in work if os.path.realpath(item[1]) not in earlier]
-    made = {}
-    for name, _, target in work:
-        place = os.path.realpath(target)
-        if place in made:
-            raise ValueError(f"--output: {made[place]} and {name} would both be {target}; accepted is --ext auto")
-        if place in inputs and not (settings.skip_existing and place in earlier):
-            raise ValueError(
-                f"--output: {name} would replace the input {inputs[place]}; accepted is another folder or --suffix"
-            )
-        made[place] = name
+    work = without_results(list(map(Work, names, sources, targets)), settings.skip_existing)
     if not work:
-        raise ValueError(f"--input: {settings.input!r} has nothing to enlarge; accepted is a folder of images")
+        raise ValueError(f"--input={settings.input!r}: has nothing to enlarge; expected a folder of images")
     return output, work
 
 
+def find_pictures(place: Path, output: Path) -> list[Path]:
+    """The picture, or those of a folder but for what lies in the folder of the results."""
+    from pyrdiff.data import list_images
+
+    if not place.is_dir():
+        return [place]
+    results = output.resolve()
+    if results == place.resolve():
+        return list_images(place)
+    return [path for path in list_images(place) if not path.resolve().is_relative_to(results)]
+
+
+def without_results(work: list[Work], skip_existing: bool) -> list[Work]:
+    """
+    The work, with `skip_existing` without the results of an earlier run.
+
+    Raises:
+        ValueError: if a result would replace an input, or another result.
+    """
+    inputs = {os.path.realpath(source): name for name, source, _ in work}
+    results = {os.path.realpath(target) for _, source, target in work if not same_file(source, target)}
+    if skip_existing:
+        work = [item for item in work if os.path.realpath(item.source) not in results]
+    made: dict[str, str] = {}
+    for name, _, target in work:
+        place = os.path.realpath(target)
+        if place in made:
+            raise ValueError(f"--output: {made[place]} and {name} would both be {target}; expected --ext auto")
+        if place in inputs and not (skip_existing and place in results):
+            raise ValueError(
+                f"--output: {name} would replace the input {inputs[place]}; expected another folder or --suffix"
+            )
+        made[place] = name
+    return work
+
+
 def same_file(source: Path, target: Path) -> bool:
+    """True if both paths lead to one file."""
     return os.path.realpath(source) == os.path.realpath(target)
 
 
-def load(settings: UpscaleSettings):
+def load(settings: UpscaleSettings) -> "DiffusionPipeline":
     """The pipeline, on the device; of a model that was trained to generate, the one that guides it."""
     import pyrdiff
 
     device = open_device(settings.device)
     pipeline = pyrdiff.load(settings.model)
     trained = isinstance(pipeline, pyrdiff.ResidualSRPipeline)
-    if not trained and not {"unet", "scheduler"} <= set(pipeline.components):
-        raise ValueError(f"--model: got a {type(pipeline).__name__}; accepted is a model with a unet and a scheduler")
     if not trained:
+        if not {"unet", "scheduler"} <= set(pipeline.components):
+            raise ValueError(f"--model: a {type(pipeline).__name__}; expected a model with a unet and a scheduler")
         pipeline = pyrdiff.GuidedSRPipeline(pipeline.unet, pipeline.scheduler)
     for name in GUIDED if trained else TRAINED:
-        if getattr(settings, name):
-            kind = "enlarge" if trained else "generate"
-            raise ValueError(
-                f"--{name}: got {getattr(settings, name)!r}; accepted is nothing for a model trained to {kind}"
-            )
+        kind = "enlarge" if trained else "generate"
+        expect(settings, name, not getattr(settings, name), f"nothing for a model trained to {kind}")
     if trained:
         factors = pipeline.unet.config.scale_factors
-        if settings.outscale not in (factors or [round(settings.outscale)]):
-            accepted = f"one of {list(factors)}" if factors else "a whole number"
-            raise ValueError(f"--outscale: got {settings.outscale:g}; accepted for this model is {accepted}")
+        accepted = f"one of {list(factors)}" if factors else "a whole number"
+        good = settings.outscale in (factors or [round(settings.outscale)])
+        expect(settings, "outscale", good, f"{accepted} for this model")
         pipeline.cost(64, int(settings.outscale), settings.num_inference_steps, plan=settings.plan)  # checks the plan
     pipeline = pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
     channels = pipeline.unet.config.in_channels
     if channels not in (1, 3):
-        raise ValueError(f"--model: {settings.model!r} has {channels} channels; accepted are 1 (gray) and 3 (RGB)")
+        raise ValueError(f"--model={settings.model!r}: has {channels} channels; expected 1 (gray) or 3 (RGB)")
     return pipeline
 
 
-def enlarge(pipeline, picture, seed: int, settings: UpscaleSettings):
+def enlarge(
+    pipeline: "DiffusionPipeline", picture: "Picture", seed: int, settings: UpscaleSettings
+) -> "tuple[Picture, float]":
     """The enlarged picture, and how far it is from the input when it is made smaller again (in [0, 1])."""
     import torch
     from PIL import Image
@@ -207,28 +228,30 @@ def enlarge(pipeline, picture, seed: int, settings: UpscaleSettings):
     return replace(picture, color=color, alpha=alpha, notes=notes), consistency
 
 
-def process(pipeline, name: str, source: Path, target: Path, settings: UpscaleSettings) -> dict:
-    """Enlarges one file; what the report says of it."""
+def process(pipeline: "DiffusionPipeline", work: Work, settings: UpscaleSettings) -> dict:
+    """Enlarges one file. Returns what the report says of it."""
     from pyrdiff.data import check_saving, open_picture, save_picture, seed_of
 
     began = time.perf_counter()
-    path_number = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest(), "big")
+    path_number = int.from_bytes(hashlib.sha256(work.name.encode("utf-8", "surrogateescape")).digest(), "big")
     seed = seed_of(settings.seed, path_number)
-    picture = open_picture(source)
-    check_saving(picture, target, *(round(side * settings.outscale) for side in picture.color.size))
+    picture = open_picture(work.source)
+    check_saving(picture, work.target, *(round(side * settings.outscale) for side in picture.color.size))
     enlarged, consistency = enlarge(pipeline, picture, seed, settings)
-    notes = save_picture(enlarged, target)
+    notes = save_picture(enlarged, work.target)
     sizes = {"input_size": picture.color.size, "output_size": enlarged.color.size}  # (width, height)
     seconds = round(time.perf_counter() - began, 3)
     return {"status": "done", **sizes, "seconds": seconds, "seed": seed, "consistency": consistency, "notes": notes}
 
 
 def reason(error: Exception) -> str:
+    """What went wrong with a file, in one line."""
     text = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error) or type(error).__name__
     return one_line(text)
 
 
-def one_line(text) -> str:
+def one_line(text: object) -> str:
+    """The text without line breaks, and with what stdout cannot show spelt out."""
     return " ".join(str(text).encode("utf-8", "backslashreplace").decode().split())
 
 
@@ -239,7 +262,8 @@ def describe(settings: UpscaleSettings, files: list[dict], planned: int) -> dict
     return {"settings": asdict(settings), "versions": versions(), "counts": counts, "files": files}
 
 
-def stop(*_):
+def stop(*_: object) -> NoReturn:
+    """Handler of SIGTERM."""
     sys.exit(143)
 
 
@@ -250,23 +274,23 @@ def main(args: list[str]) -> dict:
     for folder in {output, report_path.parent}:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # can be written to
-    pending = [target for _, _, target in work if not (settings.skip_existing and target.is_file())]
+    pending = [item for item in work if not (settings.skip_existing and item.target.is_file())]
     pipeline = load(settings) if pending else None
 
     files, code, after_failure = [], 0, 1 if settings.keep_going else 2
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        for name, source, target in work:
-            found = {"input": name, "output": target.relative_to(output).as_posix()}
-            if settings.skip_existing and target.is_file():
-                files.append({**found, "status": "skipped", "reason": "the output exists"})
+        for item in work:
+            file = {"input": item.name, "output": item.target.relative_to(output).as_posix()}
+            if settings.skip_existing and item.target.is_file():
+                files.append({**file, "status": "skipped", "reason": "the output exists"})
                 continue
             try:
-                files.append({**found, **process(pipeline, name, source, target, settings)})
-                print(f"{one_line(name)}: {files[-1]['seconds']} s", *files[-1]["notes"], sep="; ", flush=True)
+                files.append({**file, **process(pipeline, item, settings)})
+                print(f"{one_line(item.name)}: {files[-1]['seconds']} s", *files[-1]["notes"], sep="; ", flush=True)
             except (ValueError, RuntimeError, OSError, MemoryError) as error:
-                files.append({**found, "status": "failed", "reason": reason(error)})
-                complain(error, f"{one_line(name)}: {reason(error)}")
+                files.append({**file, "status": "failed", "reason": reason(error)})
+                complain(error, f"{one_line(item.name)}: {reason(error)}")
                 code = after_failure
                 if not settings.keep_going:
                     break

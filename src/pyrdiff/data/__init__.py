@@ -8,10 +8,10 @@ from .batches import Batch, MultiScaleBatches
 from .degradations import degrade, shrink
 from .files import Picture, check_saving, open_picture, save_picture
 from .glyphs import draw_glyphs
-from .images import BadImageError, decode_image, fit_image, list_images
+from .images import BadImageError, decode_image, fit_image, image_tensor, list_images
 from .levels import ImageLevels
 from .seeds import seed_of
-from .sources import ImageSource, open_source
+from .sources import ImageSource, open_source, read_image, sizes_of
 from .spectrum import detail_spectra, octave_power, radial_covariance
 
 __all__ = [
@@ -27,13 +27,16 @@ __all__ = [
     "detail_spectra",
     "draw_glyphs",
     "fit_image",
+    "image_tensor",
     "list_images",
     "octave_power",
     "open_picture",
     "open_source",
     "radial_covariance",
+    "read_image",
     "replacing",
     "save_picture",
     "seed_of",
     "shrink",
+    "sizes_of",
 ]

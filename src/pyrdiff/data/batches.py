@@ -47,7 +47,7 @@ class Batch:
         boxes: float32 [B, 4], the window that each image shows of its (flipped) original as (top, left, bottom, right)
             in [0, 1]; None when images are whole.
         indices: int64 [B], which images these are.
-        level: index of the level, 0 the lowest.
+        level: Index of the level, 0 the lowest.
     """
 
     images: torch.Tensor
@@ -67,18 +67,18 @@ class MultiScaleBatches:
     is trained on. Two with `batch_size` b see what one with 2b sees, wherever b scales to a whole number at each level.
 
     Args:
-        images: the levels.
-        batch_size: of the lowest level, per process. Level k gets max(1, round(batch_size · area_0 / area_k)), the area
+        images: The levels.
+        batch_size: Of the lowest level, per process. Level k gets max(1, round(batch_size · area_0 / area_k)), the area
             being that of an image or, with patches, of a patch: 48 at 64×64 gives 12 at 128×128 and 3 at 256×256, the
             paper's batches.
-        patch_size: side, or (height, width), of a random window of each image, cut to the level's size where that is
+        patch_size: Side, or (height, width), of a random window of each image, cut to the level's size where that is
             smaller; None for whole images.
-        random_flip: mirror images left to right, half of the time, before the window is cut.
-        seed: any int.
-        num_processes: how many processes share a batch.
-        process_index: which of them this is, from 0.
-        accumulation: how many draws (`micro`) a step has.
-        level_share: steps a round at each level, lowest first, whole numbers; [1, 1, 1] is the paper's. By default as
+        random_flip: Mirror images left to right, half of the time, before the window is cut.
+        seed: Any int.
+        num_processes: How many processes share a batch.
+        process_index: Which of them this is, from 0.
+        accumulation: How many draws (`micro`) a step has.
+        level_share: Steps a round at each level, lowest first, whole numbers; [1, 1, 1] is the paper's. By default as
             `level_shares` has it.
 
     Raises:
@@ -100,13 +100,13 @@ class MultiScaleBatches:
         counts = {"batch_size": batch_size, "num_processes": num_processes, "accumulation": accumulation}
         for name, value in counts.items():
             if value < 1:
-                raise ValueError(f"{name}: got {value}; accepted is 1 or more")
+                raise ValueError(f"{name}={value}: expected 1 or more")
         if not 0 <= process_index < num_processes:
-            raise ValueError(f"process_index: got {process_index}; accepted is 0..{num_processes - 1} (num_processes)")
+            raise ValueError(f"process_index={process_index}: expected 0..{num_processes - 1} (num_processes)")
         if patch_size is not None:
             patch_size = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
             if len(patch_size) != 2 or min(patch_size) < 1:
-                raise ValueError(f"patch_size: got {patch_size}; accepted are None, a side, or a height and a width")
+                raise ValueError(f"patch_size={patch_size}: expected None, a side, or a height and a width")
         self.images = images
         self.batch_size = batch_size
         self.patch_size = patch_size
@@ -120,7 +120,7 @@ class MultiScaleBatches:
             for size in images.sizes
         ]
         if level_share is not None and (len(level_share) != len(images.sizes) or min(level_share) < 1):
-            raise ValueError(f"level_share: got {level_share}; accepted is 1 or more for each of {len(images.sizes)}")
+            raise ValueError(f"level_share={level_share}: expected 1 or more for each of {len(images.sizes)}")
         self.level_share = list(level_share or level_shares(self.batch_sizes))
         self._visits = [level for level, share in enumerate(self.level_share) for _ in range(share)]
         self._permutations: list[dict[int, torch.Tensor]] = [{} for _ in images.sizes]
@@ -138,7 +138,7 @@ class MultiScaleBatches:
     def _visit(self, step: int) -> tuple[int, int]:
         """The level of a step, and how many steps before were at the same level."""
         if step < 0:
-            raise ValueError(f"step: got {step}; accepted is 0 or more")
+            raise ValueError(f"step={step}: expected 0 or more")
         round_index, place = divmod(step, len(self._visits))
         generator = torch.Generator().manual_seed(seed_of(self.seed, LEVEL_ORDER, round_index))
         order = [self._visits[index] for index in torch.randperm(len(self._visits), generator=generator)]
@@ -152,7 +152,7 @@ class MultiScaleBatches:
             ValueError: when `step` or `micro` is out of range.
         """
         if not 0 <= micro < self.accumulation:
-            raise ValueError(f"micro: got {micro}; accepted is 0..{self.accumulation - 1} (accumulation)")
+            raise ValueError(f"micro={micro}: expected 0..{self.accumulation - 1} (accumulation)")
         level, visit = self._visit(step)
         (height, width), (window_height, window_width) = self.images.sizes[level], self._windows[level]
         share = self.batch_sizes[level]

@@ -42,12 +42,12 @@ class Picture:
     """The pixels of an image file, as they are stored, and what it carries besides.
 
     Attributes:
-        color: mode "L" or "RGB", [H, W] pixels in 0..255. The orientation tag of the EXIF is not applied.
-        alpha: mode "L" of the same size, or None for an opaque file.
-        exif: the EXIF block with its prefix, byte for byte as it was; empty for none.
-        icc_profile: the colour profile of `color`; empty for none.
-        dpi: pixels per inch (horizontal, vertical), or None.
-        notes: what was changed or left out, one phrase each.
+        color: Mode "L" or "RGB", [H, W] pixels in 0..255. The orientation tag of the EXIF is not applied.
+        alpha: Mode "L" of the same size, or None for an opaque file.
+        exif: The EXIF block with its prefix, byte for byte as it was; empty for none.
+        icc_profile: The colour profile of `color`; empty for none.
+        dpi: Pixels per inch (horizontal, vertical), or None.
+        notes: What was changed or left out, one phrase each.
     """
 
     color: Image.Image
@@ -66,8 +66,8 @@ def open_picture(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Pictu
     is taken. A TIFF is turned upright, since Pillow does that; in other files pixels and orientation tag stay.
 
     Args:
-        path: the file.
-        max_pixels: the most pixels (width × height) that are decoded.
+        path: The file.
+        max_pixels: The most pixels (width × height) that are decoded.
 
     Raises:
         BadImageError: when it cannot be read whole, has more than 8 bits a channel or several frames.

@@ -17,10 +17,10 @@ def draw_glyphs(
     """White letters on black, antialiased; letter, font, scale and shift are random.
 
     Args:
-        size: height and width of an image in pixels, at least 4.
-        count: number of images, at least 1.
-        letters: what to draw; repeated letters come up more often.
-        seed: the same seed gives the same images (with the same fonts and Pillow).
+        size: Height and width of an image in pixels, at least 4.
+        count: Number of images, at least 1.
+        letters: What to draw; repeated letters come up more often.
+        seed: The same seed gives the same images (with the same fonts and Pillow).
 
     Returns:
         uint8 [count, size, size], 0 (black) to 255 (white).
@@ -29,11 +29,11 @@ def draw_glyphs(
         ValueError: when an argument is out of range or a letter leaves no mark.
     """
     if size < 4:
-        raise ValueError(f"size: got {size}; accepted is 4 or more")
+        raise ValueError(f"size={size}: expected 4 or more")
     if count < 1:
-        raise ValueError(f"count: got {count}; accepted is 1 or more")
+        raise ValueError(f"count={count}: expected 1 or more")
     if not letters or any(letter.isspace() for letter in letters):
-        raise ValueError(f"letters: got {letters!r}; accepted is one or more characters, none of them white space")
+        raise ValueError(f"letters={letters!r}: expected one or more characters, none of them white space")
 
     side = size * OVERSAMPLING
     fonts = [ImageFont.truetype(path, side) for path in _font_paths()]
@@ -79,7 +79,7 @@ def _draw_letter(letter: str, font: ImageFont.FreeTypeFont) -> Image.Image:
     """The letter alone, mode "L", cut to its edges."""
     left, top, right, bottom = font.getbbox(letter)
     if right <= left or bottom <= top:
-        raise ValueError(f"letters: {letter!r} leaves no mark; accepted are characters that can be seen")
+        raise ValueError(f"letters={letter!r} leaves no mark: expected characters that can be seen")
     image = Image.new("L", (int(right - left), int(bottom - top)))
     ImageDraw.Draw(image).text((-left, -top), letter, fill=255, font=font)
     return image.crop(image.getbbox())

@@ -4,12 +4,13 @@ import errno
 import functools
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte as 24-bit RGB
@@ -26,8 +27,8 @@ class BadImageError(ValueError):
     """An image that cannot be read.
 
     Attributes:
-        name: the path, or what else the image is called.
-        reason: what is wrong with it, in a few words.
+        name: The path, or what else the image is called.
+        reason: What is wrong with it, in a few words.
     """
 
     def __init__(self, name: str, reason: str):
@@ -58,9 +59,9 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
     """
     folder = Path(folder)
     if not folder.exists():
-        raise ValueError(f"folder: {str(folder)!r} does not exist; accepted is a folder of images")
+        raise ValueError(f"folder={str(folder)!r} does not exist: expected a folder of images")
     if not folder.is_dir():
-        raise ValueError(f"folder: {str(folder)!r} is not a folder; accepted is a folder of images")
+        raise ValueError(f"folder={str(folder)!r}: expected a folder of images")
 
     found = []
 
@@ -78,7 +79,7 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
 
     walk(folder, frozenset())
     if not found:
-        raise ValueError(f"folder: {str(folder)!r} has no image; accepted are files such as .png, .jpg, .webp, .tif")
+        raise ValueError(f"folder={str(folder)!r} has no image: expected files such as .png, .jpg, .webp, .tif")
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
 
@@ -96,12 +97,12 @@ def decode_image(
     are read as 16 bits, 0..65535, and divided by 257. The first of several frames is taken. Colour profiles are unused.
 
     Args:
-        source: a path, the bytes of an image file, or a Pillow image (left as it is).
+        source: A path, the bytes of an image file, or a Pillow image (left as it is).
         channels: 3 for mode "RGB", 1 for mode "L".
         background: (red, green, blue) in 0..255.
-        max_pixels: the most pixels (width × height) that are decoded. The header is asked, before any decoding.
+        max_pixels: The most pixels (width × height) that are decoded. The header is asked, before any decoding.
             Pillow's own limit, twice `PIL.Image.MAX_IMAGE_PIXELS`, holds too.
-        name: what errors call the image; the path, "bytes" or "image" when None.
+        name: What errors call the image; the path, "bytes" or "image" when None.
 
     Returns:
         A new Pillow image of mode "RGB" or "L", [H, W] pixels in 0..255.
@@ -150,17 +151,17 @@ def fit_image(image: Image.Image, height: int, width: int) -> Image.Image:
     Bicubic, antialiased when it shrinks. Cut and scaling are one resampling, so the cut may fall between pixels.
 
     Args:
-        image: mode "RGB" or "L", as `decode_image` gives it.
-        height: rows of the result, at least 1.
-        width: columns of the result, at least 1.
+        image: Mode "RGB" or "L", as `decode_image` gives it.
+        height: Rows of the result, at least 1.
+        width: Columns of the result, at least 1.
 
     Raises:
         ValueError: for another mode or a size below 1.
     """
     if image.mode not in ("RGB", "L"):
-        raise ValueError(f"image: got mode {image.mode!r}; accepted are 'RGB' and 'L'")
+        raise ValueError(f"image.mode={image.mode!r}: expected 'RGB' or 'L'")
     if height < 1 or width < 1:
-        raise ValueError(f"height, width: got {height}, {width}; accepted is 1 or more")
+        raise ValueError(f"height={height}, width={width}: expected 1 or more")
     box_width, box_height = float(image.width), float(image.height)
     if image.width * height > image.height * width:
         box_width = image.height * width / height
@@ -172,14 +173,21 @@ def fit_image(image: Image.Image, height: int, width: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
 
 
+def image_tensor(images: Sequence[Image.Image], channels: Literal[1, 3] = 3) -> torch.Tensor:
+    """Pillow images of one size as float32 [B, channels, H, W] in [0, 1]."""
+    mode = "L" if channels == 1 else "RGB"
+    pixels = np.stack([np.asarray(image.convert(mode)).reshape(image.height, image.width, -1) for image in images])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().contiguous() / 255
+
+
 def check_decoding(channels: int, background: tuple[int, int, int], max_pixels: int) -> None:
     """Raise ValueError unless these are values `decode_image` accepts."""
     if channels not in (1, 3):
-        raise ValueError(f"channels: got {channels!r}; accepted are 1 (gray) and 3 (RGB)")
+        raise ValueError(f"channels={channels!r}: expected 1 (gray) or 3 (RGB)")
     if len(background) != 3 or any(not isinstance(value, int) or not 0 <= value <= 255 for value in background):
-        raise ValueError(f"background: got {background!r}; accepted are three ints in 0..255")
+        raise ValueError(f"background={background!r}: expected three ints in 0..255")
     if max_pixels < 1:
-        raise ValueError(f"max_pixels: got {max_pixels!r}; accepted is 1 or more")
+        raise ValueError(f"max_pixels={max_pixels!r}: expected 1 or more")
 
 
 def _decode(image: Image.Image, channels: int, background: tuple, max_pixels: int, name: str) -> Image.Image:
@@ -212,7 +220,7 @@ def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
     """Modes "I" and "I;16…" with values in 0..65535 to "L", or "LA" where one value is marked as transparent."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise BadImageError(name, f"integer pixels in {values.min()}..{values.max()}; accepted are 0..65535")
+        raise BadImageError(name, f"integer pixels in {values.min()}..{values.max()}: expected 0..65535")
     gray = Image.fromarray(np.rint(values / 257).astype(np.uint8))
     if "transparency" in image.info:
         gray.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))

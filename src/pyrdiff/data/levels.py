@@ -29,10 +29,10 @@ class ImageLevels:
     Attributes:
         sizes: (height, width) of each level, from low to high.
         arrays: uint8 [N, h, w, C] per level, values in 0..255; read-only memory-maps when they come from a cache.
-        names: what each of the N images is called.
+        names: What each of the N images is called.
         bad: (name, reason) of each image that was left out.
-        composited: how many of the N had transparency, which was composited on the background.
-        enlarged: how many of the N are smaller than the highest level in height or width.
+        composited: How many of the N had transparency, which was composited on the background.
+        enlarged: How many of the N are smaller than the highest level in height or width.
         fingerprint: SHA-256 over sizes, channels and the pixels of the highest level.
 
     Raises:
@@ -56,13 +56,13 @@ class ImageLevels:
         self.composited = composited
         self.enlarged = enlarged
         if len(self.arrays) != len(self.sizes):
-            raise ValueError(f"arrays: got {len(self.arrays)}; accepted is one for each of the {len(self.sizes)} sizes")
+            raise ValueError(f"arrays: {len(self.arrays)}; expected one for each of the {len(self.sizes)} sizes")
         channels = self.arrays[0].shape[-1]
         for (height, width), array in zip(self.sizes, self.arrays, strict=True):
             expected = (len(self.names), height, width, channels)
             if array.dtype != np.uint8 or array.shape != expected or channels not in (1, 3) or not self.names:
                 raise ValueError(
-                    f"arrays: got {array.dtype} {list(array.shape)} for level {height}×{width}; accepted is uint8 "
+                    f"arrays={array.dtype} {list(array.shape)} for level {height}×{width}: expected uint8 "
                     f"[N, {height}, {width}, C], with C 1 or 3 and N the number of names, {len(self.names)}, at least 1"
                 )
         self.fingerprint = fingerprint or fingerprint_of(self.sizes, self.arrays[-1])
@@ -78,7 +78,7 @@ class ImageLevels:
     @classmethod
     def build(
         cls,
-        source,
+        source: ImageSource | str | os.PathLike | np.ndarray,
         sizes: Sequence[int | tuple[int, int]],
         channels: Literal[1, 3] = 3,
         background: tuple[int, int, int] = WHITE,
@@ -97,17 +97,17 @@ class ImageLevels:
         processes may build the same levels at the same time.
 
         Args:
-            source: an `ImageSource`, or what `open_source` accepts.
-            sizes: sides or (height, width), both growing from each level to the next.
+            source: An `ImageSource`, or what `open_source` accepts.
+            sizes: Sides or (height, width), both growing from each level to the next.
             channels: 3 for RGB, 1 for gray.
             background: (red, green, blue) in 0..255 behind transparent pixels.
             on_bad_image: "stop" raises at the first image that cannot be read; "skip" leaves such images out, logs each
                 and lists it in `bad`.
-            allow_enlarging: whether an image smaller than the highest level is enlarged, or else is a bad image.
-            cache_dir: folder of the cache, made if missing; None keeps the levels in memory.
-            max_pixels: larger images are bad images and not decoded.
-            progress: show a progress bar.
-            num_threads: decoding threads; None for one a core, at most 8. Does not change the result.
+            allow_enlarging: Whether an image smaller than the highest level is enlarged, or else is a bad image.
+            cache_dir: Folder of the cache, made if missing; None keeps the levels in memory.
+            max_pixels: Larger images are bad images and not decoded.
+            progress: Show a progress bar.
+            num_threads: Decoding threads; None for one a core, at most 8. Does not change the result.
 
         Raises:
             ValueError: for a bad image with "stop", when no image is left with "skip", and when an argument is out of
@@ -116,11 +116,11 @@ class ImageLevels:
         sizes = check_sizes(sizes)
         check_decoding(channels, background, max_pixels)
         if on_bad_image not in ("stop", "skip"):
-            raise ValueError(f"on_bad_image: got {on_bad_image!r}; accepted are 'stop' and 'skip'")
+            raise ValueError(f"on_bad_image={on_bad_image!r}: expected 'stop' or 'skip'")
         if num_threads is None:
             num_threads = min(8, os.cpu_count() or 1)
         if num_threads < 1:
-            raise ValueError(f"num_threads: got {num_threads}; accepted are None and 1 or more")
+            raise ValueError(f"num_threads={num_threads}: expected None, or 1 or more")
         if not isinstance(source, ImageSource):
             source = open_source(source)
         reading = _Reading(
@@ -156,7 +156,7 @@ def check_sizes(sizes: Sequence[int | tuple[int, int]]) -> list[tuple[int, int]]
     )
     if not valid or any(a[0] >= b[0] or a[1] >= b[1] for a, b in zip(pairs, pairs[1:], strict=False)):
         raise ValueError(
-            f"sizes: got {list(sizes)}; accepted are sides or (height, width) of 1 or more, growing from low to high"
+            f"sizes={list(sizes)}: expected sides or (height, width) of 1 or more, growing from low to high"
         )
     return pairs
 

@@ -12,6 +12,6 @@ def seed_of(*parts: int) -> int:
         ValueError: without any part, or when a part is not an int.
     """
     if not parts or any(isinstance(part, bool) or not isinstance(part, int) for part in parts):
-        raise ValueError(f"parts: got {parts!r}; accepted is at least one int, and ints only")
+        raise ValueError(f"parts={parts!r}: expected at least one int, and ints only")
     digest = hashlib.sha256(",".join(str(part) for part in parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

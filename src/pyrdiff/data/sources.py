@@ -6,13 +6,13 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
 
 from .glyphs import draw_glyphs
-from .images import BadImageError, list_images
+from .images import BadImageError, decode_image, fit_image, list_images
 
 if TYPE_CHECKING:
     import datasets
@@ -26,7 +26,7 @@ class ImageSource(Protocol):
     """A numbered set of images.
 
     Attributes:
-        names: what each image is called in errors and logs.
+        names: What each image is called in errors and logs.
     """
 
     names: Sequence[str]
@@ -70,9 +70,9 @@ class ArrayImages:
     """The images of a uint8 array [N, H, W] or [N, H, W, C] (C = 1 gray, 3 RGB, 4 RGBA), values in 0..255.
 
     Args:
-        array: the images.
-        name: images are called "name[index]".
-        key: what identifies the array; made from its bytes when None.
+        array: The images.
+        name: Images are called "name[index]".
+        key: What identifies the array; made from its bytes when None.
 
     Raises:
         ValueError: for another type or shape, or without images.
@@ -80,7 +80,7 @@ class ArrayImages:
 
     def __init__(self, array: np.ndarray, name: str = "array", key: dict | None = None):
         if not _is_image_array(array):
-            raise ValueError(f"{name}: got {array.dtype} {list(array.shape)}; accepted are {ARRAY_SHAPES}, none empty")
+            raise ValueError(f"{name}={array.dtype} {list(array.shape)}: expected {ARRAY_SHAPES}, none empty")
         self.array = array[..., 0] if array.ndim == 4 and array.shape[-1] == 1 else array
         self.names = [f"{name}[{index}]" for index in range(len(array))]
         self._key = key
@@ -104,9 +104,9 @@ class HubImages:
     """The images in one column of a `datasets.Dataset`, read as stored (not decoded by `datasets`).
 
     Args:
-        dataset: one split.
-        name: images are called "name[row]".
-        column: a column of feature type `datasets.Image`; None for the only one.
+        dataset: One split.
+        name: Images are called "name[row]".
+        column: A column of feature type `datasets.Image`; None for the only one.
 
     Raises:
         ValueError: when there is no such column, or several and none is named.
@@ -120,11 +120,11 @@ class HubImages:
             column = columns[0]
         if column not in columns:
             raise ValueError(
-                f"image_column: got {column!r} for {name}, whose columns of images are {columns} "
-                f"(all columns: {list(dataset.features)}); accepted is a column of images, or None if there is just one"
+                f"image_column={column!r} for {name}, whose columns of images are {columns} "
+                f"(all columns: {list(dataset.features)}): expected a column of images, or None if there is just one"
             )
         if len(dataset) == 0:
-            raise ValueError(f"source: {name} has no rows; accepted is a split with images")
+            raise ValueError(f"source={name!r} has no rows: expected a split with images")
         self.column = column
         self.rows = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         self.names = [f"{name}[{index}]" for index in range(len(dataset))]
@@ -141,6 +141,31 @@ class HubImages:
 
     def key(self) -> dict:
         return self._key
+
+
+def read_image(
+    source: ImageSource, index: int, channels: Literal[1, 3], size: tuple[int, int] | None = None
+) -> Image.Image:
+    """
+    Image `index` of a source, in mode "L" or "RGB".
+
+    Args:
+        source: The set.
+        index: From 0.
+        channels: 3 for RGB, 1 for gray.
+        size: (height, width) to fit it to; see `fit_image`.
+
+    Raises:
+        BadImageError: if it cannot be read.
+    """
+    image = decode_image(source.read(index), channels, name=source.names[index])
+    return image if size is None else fit_image(image, *size)
+
+
+def sizes_of(source: ImageSource) -> list[tuple[int, int]]:
+    """(height, width) of each image. Every image is decoded: the first bad one raises `BadImageError`."""
+    images = (read_image(source, index, 3) for index in range(len(source)))
+    return [(image.height, image.width) for image in images]
 
 
 class Some:
@@ -178,11 +203,11 @@ def open_source(
     5. any other string: a data set of the Hugging Face Hub, `datasets.load_dataset(source, dataset_config, split=…)`.
 
     Args:
-        source: see above.
-        dataset_config: configuration of a Hub data set.
-        split: split of a Hub data set.
-        image_column: column of a Hub data set; None for the only one of feature type `datasets.Image`.
-        array_key: name of an array in a .npz file.
+        source: See above.
+        dataset_config: Configuration of a Hub data set.
+        split: Split of a Hub data set.
+        image_column: Column of a Hub data set; None for the only one of feature type `datasets.Image`.
+        array_key: Name of an array in a .npz file.
 
     Raises:
         ValueError: when `source` is none of these, has no images, or an option does not go with its kind.
@@ -205,7 +230,7 @@ def open_source(
         return _open_file(path, array_key)
     if not isinstance(source, str) or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise ValueError(
-            f"source: {str(source)!r} does not exist; accepted are a folder, a .npy or .npz file, 'glyphs' and the "
+            f"source={str(source)!r} does not exist: expected a folder, a .npy or .npz file, 'glyphs' or the "
             "name of a Hub data set"
         )
     return _open_hub(source, dataset_config, split, image_column)
@@ -215,7 +240,7 @@ def _refuse(options: dict[str, str | None], source: object, kind: str) -> None:
     for option, value in options.items():
         if value is not None:
             what = "an array" if isinstance(source, np.ndarray) else repr(str(source))
-            raise ValueError(f"{option}: got {value!r} for {what}; accepted for {kind} only")
+            raise ValueError(f"{option}={value!r} for {what}: expected for {kind} only")
 
 
 def _is_image_array(array: np.ndarray) -> bool:
@@ -225,7 +250,7 @@ def _is_image_array(array: np.ndarray) -> bool:
 
 def _open_file(path: Path, array_key: str | None) -> ArrayImages:
     if path.suffix not in (".npy", ".npz"):
-        raise ValueError(f"source: {str(path)!r} is a file; accepted are a folder of images, a .npy and a .npz file")
+        raise ValueError(f"source={str(path)!r}: expected a folder of images, a .npy or a .npz file")
     stat = path.stat()
     key = {"kind": "file", "path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
     try:
@@ -234,7 +259,7 @@ def _open_file(path: Path, array_key: str | None) -> ArrayImages:
             with array:
                 array_key, array = _choose_array(array, array_key, path)
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"source: {str(path)!r} cannot be read: {error}; accepted is a whole {path.suffix}") from error
+        raise ValueError(f"source={str(path)!r} cannot be read ({error}): expected a whole {path.suffix}") from error
     return ArrayImages(array, str(path) + (f":{array_key}" if array_key else ""), key | {"array": array_key})
 
 
@@ -249,12 +274,12 @@ def _load_array(path: Path):
 
 
 def _choose_array(arrays: np.lib.npyio.NpzFile, array_key: str | None, path: Path) -> tuple[str, np.ndarray]:
-    accepted = f"accepted is one of the arrays in {str(path)!r}: {sorted(arrays.files)}"
+    expected = f"expected one of the arrays in {str(path)!r}: {sorted(arrays.files)}"
     if array_key is None and "x_train" in arrays.files:
         array_key = "x_train"
     if array_key is not None:
         if array_key not in arrays.files:
-            raise ValueError(f"array_key: got {array_key!r}; {accepted}")
+            raise ValueError(f"array_key={array_key!r}: {expected}")
         return array_key, arrays[array_key]
 
     found = {}
@@ -266,7 +291,7 @@ def _choose_array(arrays: np.lib.npyio.NpzFile, array_key: str | None, path: Pat
         if _is_image_array(array):
             found[key] = array
     if len(found) != 1:
-        raise ValueError(f"array_key: got None, but {len(found)} arrays are {ARRAY_SHAPES}; {accepted}")
+        raise ValueError(f"array_key=None, but {len(found)} arrays are {ARRAY_SHAPES}: {expected}")
     return found.popitem()
 
 

@@ -26,7 +26,7 @@ def radial_covariance(images: torch.Tensor) -> torch.Tensor:
         ValueError: when `images` is not a float tensor of four dimensions with at least one value.
     """
     if images.ndim != 4 or not images.is_floating_point() or images.numel() == 0:
-        raise ValueError(f"images: got {images.dtype} {list(images.shape)}; accepted is a non-empty float [N, C, H, W]")
+        raise ValueError(f"images={images.dtype} {list(images.shape)}: expected a non-empty float [N, C, H, W]")
     count, channels, height, width = images.shape
     bins = max(height, width) // 2 + 1
     waves = torch.fft.fft2(images, norm="ortho")
@@ -57,8 +57,7 @@ def octave_power(images: torch.Tensor, reference: torch.Tensor) -> list[float]:
     """
     if images.shape[1:] != reference.shape[1:] or min(len(images), len(reference)) < 2:
         raise ValueError(
-            f"images, reference: got {list(images.shape)} and {list(reference.shape)}; accepted are two or more each, "
-            "of one shape"
+            f"images={list(images.shape)}, reference={list(reference.shape)}: expected two or more each, of one shape"
         )
     powers = []
     for part in (images, reference):
@@ -82,9 +81,9 @@ def detail_spectra(images: ImageLevels, max_images: int = 2048, seed: int = 0) -
     """For each level above the lowest, `radial_covariance` of what bicubic upsampling of the level below lacks.
 
     Args:
-        images: the levels; their pixels are taken in the range [-1, 1].
-        max_images: at most so many images, chosen at random, are measured.
-        seed: of that choice.
+        images: The levels; their pixels are taken in the range [-1, 1].
+        max_images: At most so many images, chosen at random, are measured.
+        seed: Of that choice.
 
     Returns:
         One nested list [max(h, w) // 2 + 1, C, C] per level from the second on, rounded to 6 significant digits.
@@ -93,7 +92,7 @@ def detail_spectra(images: ImageLevels, max_images: int = 2048, seed: int = 0) -
         ValueError: when `max_images` is below 1.
     """
     if max_images < 1:
-        raise ValueError(f"max_images: got {max_images}; accepted is 1 or more")
+        raise ValueError(f"max_images={max_images}: expected 1 or more")
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     chosen = np.sort(order[:max_images].numpy())
 

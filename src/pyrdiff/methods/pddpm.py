@@ -7,7 +7,6 @@ from pyrdiff.plugins import Method
 from pyrdiff.training.settings import TrainingSettings
 
 MARGIN = 0.02  # of the noise process: so far beyond the noise window is trained, too
-CLIP = {"thresholding": True, "sample_max_value": 1.0}  # DPM-Solver's way of clipping the clean estimate to [-1, 1]
 
 
 @dataclass(kw_only=True)
@@ -150,6 +149,8 @@ def plans(train_steps: int = 1000, levels: int = 3) -> dict[str, dict]:
     What a saved pipeline offers as `plan=`: the shortest that was no worse than 20 steps of DPM-Solver++ at full size,
     the best, and the paper's, as measured on a trained network (benchmarks/README.md).
     """
+    from pyrdiff.plan import CLIP
+
     stochastic = ["DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", **CLIP}]
     shorter = [3] * (levels - 2) + [2] * (levels > 1)
     return {

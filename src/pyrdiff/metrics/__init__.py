@@ -1,5 +1,6 @@
 """Measures of quality: of single images, and of sets of them. Every result says how it was computed."""
 
+from .comparison import Score, SetComparison, interval_of, score_of_mean
 from .distribution import (
     FeatureStatistics,
     KernelReference,
@@ -21,10 +22,13 @@ __all__ = [
     "ImageFeatures",
     "KernelReference",
     "MetricResult",
+    "Score",
+    "SetComparison",
     "bootstrap_interval",
     "combine",
     "consistency",
     "frechet_distance",
+    "interval_of",
     "kid",
     "load",
     "lpips",
@@ -32,6 +36,7 @@ __all__ = [
     "open_features",
     "precision_recall",
     "psnr",
+    "score_of_mean",
     "ssim",
     "train_classifier",
 ]

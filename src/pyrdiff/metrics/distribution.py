@@ -19,12 +19,12 @@ class FeatureStatistics:
 
     Args:
         dimension: D.
-        device: where the sums are kept.
+        device: Where the sums are kept.
     """
 
     def __init__(self, dimension: int, device: str | torch.device = "cpu"):
         if dimension < 1:
-            raise ValueError(f"dimension: got {dimension}; accepted is 1 or more")
+            raise ValueError(f"dimension={dimension}: expected 1 or more")
         self.count = 0
         self.mean = torch.zeros(dimension, dtype=torch.float64, device=device)
         self._scatter = torch.zeros(dimension, dimension, dtype=torch.float64, device=device)
@@ -33,9 +33,7 @@ class FeatureStatistics:
     def update(self, features: Tensor) -> "FeatureStatistics":
         """Add features [B, D]; ValueError for another shape or values that are not finite."""
         if features.ndim != 2 or features.shape[1] != len(self.mean) or not features.isfinite().all():
-            raise ValueError(
-                f"features: got {features.dtype} {list(features.shape)}; accepted are finite [B, {len(self.mean)}]"
-            )
+            raise ValueError(f"features={features.dtype} {list(features.shape)}: expected finite [B, {len(self.mean)}]")
         if len(features):
             features = features.detach().to(self.mean)
             mean = features.mean(0)
@@ -46,7 +44,7 @@ class FeatureStatistics:
     def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
         """Add all that `other` has seen."""
         if len(other.mean) != len(self.mean):
-            raise ValueError(f"other: got dimension {len(other.mean)}; accepted is {len(self.mean)}")
+            raise ValueError(f"other of dimension {len(other.mean)}: expected {len(self.mean)}")
         if other.count:
             self._add(other.count, other.mean.to(self.mean), other._scatter.to(self.mean))
         return self
@@ -70,7 +68,7 @@ class FeatureStatistics:
     def covariance(self) -> Tensor:
         """Float64 [D, D], with N - 1 in the denominator; ValueError for fewer than two features."""
         if self.count < 2:
-            raise ValueError(f"features: got {self.count}; accepted are two or more")
+            raise ValueError(f"features: {self.count} of them; expected two or more")
         return self._scatter / (self.count - 1)
 
     def root(self) -> Tensor:
@@ -83,7 +81,7 @@ class FeatureStatistics:
     def distance(self, other: "FeatureStatistics") -> float:
         """The Fréchet distance |m1 - m2|² + tr(C1 + C2 - 2 (C1^½ C2 C1^½)^½) of the Gaussians (Dowson, Landau 1982)."""
         if len(other.mean) != len(self.mean):
-            raise ValueError(f"other: got dimension {len(other.mean)}; accepted is {len(self.mean)}")
+            raise ValueError(f"other of dimension {len(other.mean)}: expected {len(self.mean)}")
         theirs = other.covariance.to(self.mean)
         values = torch.linalg.eigvalsh(self.root() @ theirs @ self.root())
         # What is 0 comes out as rounding error, either sign; left in, its square root would be half of all digits.
@@ -114,9 +112,9 @@ def frechet_distance(
     network of FID; see `open_features`.
 
     Args:
-        real: features [N, D], or float images [N, C, H, W] when `features` is given.
-        generated: the same, of M.
-        features: the network; needed for images. With features it is the one they are from, and names the result.
+        real: Features [N, D], or float images [N, C, H, W] when `features` is given.
+        generated: The same, of M.
+        features: The network; needed for images. With features it is the one they are from, and names the result.
         data_range: (low, high) of the images; None when features are given.
 
     Raises:
@@ -145,10 +143,10 @@ def kid(
     "KID" only with the network of FID.
 
     Args:
-        real, generated, features, data_range: as `frechet_distance`.
+        real, generated, features, data_range: As `frechet_distance`.
         subsets: None for the whole sets; else so many random subsets without repetition, whose mean is given.
-        subset_size: images of either set in a subset, at most the smaller count.
-        generator: a CPU generator for the subsets; needed with `subsets`.
+        subset_size: Images of either set in a subset, at most the smaller count.
+        generator: A CPU generator for the subsets; needed with `subsets`.
 
     Raises:
         ValueError: for wrong shapes, values or settings, or fewer than two of either.
@@ -160,11 +158,9 @@ def kid(
     else:
         most = min(len(real), len(generated))
         if subsets < 1 or not 2 <= subset_size <= most:
-            raise ValueError(
-                f"subsets, subset_size: got {subsets}, {subset_size}; accepted are 1 or more, and 2..{most}"
-            )
+            raise ValueError(f"subsets={subsets}, subset_size={subset_size}: expected 1 or more, and 2..{most}")
         if generator is None:
-            raise ValueError("generator: got None with subsets; accepted is a torch.Generator")
+            raise ValueError("generator=None with subsets: expected a torch.Generator")
         chosen = [
             [part[torch.randperm(len(part), generator=generator)[:subset_size]] for part in (real, generated)]
             for _ in range(subsets)
@@ -178,7 +174,7 @@ class KernelReference:
     """Real features for the distance of `kid` from many sets, as in a bootstrap: their own kernel is summed only once.
 
     Args:
-        real: features [N, D].
+        real: Features [N, D].
     """
 
     def __init__(self, real: Tensor):
@@ -208,8 +204,8 @@ def precision_recall(
     manifold of the generated ones; `per_image` says it for each, as 0 or 1.
 
     Args:
-        real, generated, features, data_range: as `frechet_distance`; more than `k` of each.
-        k: which neighbour gives the radius; the paper's is 3.
+        real, generated, features, data_range: As `frechet_distance`; more than `k` of each.
+        k: Which neighbour gives the radius; the paper's is 3.
 
     Raises:
         ValueError: for wrong shapes, values or settings.
@@ -217,7 +213,7 @@ def precision_recall(
     real, generated, conventions, _ = _features_of(real, generated, features, data_range)
     most = min(len(real), len(generated)) - 1
     if not 1 <= k <= most:
-        raise ValueError(f"k: got {k} for {len(real)} real and {len(generated)} generated; accepted are 1..{most}")
+        raise ValueError(f"k={k} for {len(real)} real and {len(generated)} generated: expected 1..{most}")
     conventions["k"] = k
     centre = real.mean(0)  # distances are exact to rounding about the origin
     real, generated = real - centre, generated - centre
@@ -257,12 +253,12 @@ def bootstrap_interval(
     For means, such as that of PSNR, both are the same up to the skew.
 
     Args:
-        statistic: the figure of a sample, such as `lambda part: real_statistics.distance(...)`.
+        statistic: The figure of a sample, such as `lambda part: real_statistics.distance(...)`.
         sample: [N, ...], features or per-image values of the generated images; two or more.
-        resamples: how many, two or more.
-        level: of the interval, in (0, 1).
-        target: see above.
-        generator: a CPU generator; seeded with 0 when None, so that the interval belongs to the sample.
+        resamples: How many, two or more.
+        level: Of the interval, in (0, 1).
+        target: See above.
+        generator: A CPU generator; seeded with 0 when None, so that the interval belongs to the sample.
 
     Returns:
         (low, high).
@@ -271,11 +267,11 @@ def bootstrap_interval(
         ValueError: for settings out of range.
     """
     if len(sample) < 2:
-        raise ValueError(f"sample: got {len(sample)}; accepted are two or more")
+        raise ValueError(f"sample of {len(sample)}: expected two or more")
     if resamples < 2 or not 0 < level < 1:
-        raise ValueError(f"resamples, level: got {resamples}, {level}; accepted are two or more, and (0, 1)")
+        raise ValueError(f"resamples={resamples}, level={level}: expected two or more, and a number in (0, 1)")
     if target not in ("count", "limit"):
-        raise ValueError(f"target: got {target!r}; accepted are 'count' and 'limit'")
+        raise ValueError(f"target={target!r}: expected 'count' or 'limit'")
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     figure = float(statistic(sample))
     values = torch.empty(resamples, dtype=torch.float64)
@@ -295,8 +291,8 @@ def _features_of(
     images = any(part.ndim == 4 for part in (real, generated))
     if (data_range is not None) != images or (images and network is None):
         raise ValueError(
-            f"features, data_range: got {getattr(network, 'name', None)} and {data_range!r} for {list(real.shape)} and "
-            f"{list(generated.shape)}; accepted are both for images [N, C, H, W], and no range for features [N, D]"
+            f"features, data_range={getattr(network, 'name', None)} and {data_range!r} for {list(real.shape)} and "
+            f"{list(generated.shape)}: expected both for images [N, C, H, W], and no range for features [N, D]"
         )
     if network is not None:
         label = network.name
@@ -304,18 +300,18 @@ def _features_of(
     if images:
         sizes = [tuple(part.shape[-2:]) for part in (real, generated)]
         if sizes[0] != sizes[1]:
-            raise ValueError(f"real, generated: got sizes {sizes[0]} and {sizes[1]}; accepted is one size")
+            raise ValueError(f"real, generated of sizes {sizes[0]} and {sizes[1]}: expected one size")
         conventions |= {"data_range": list(check_range(data_range)), "image_size": list(sizes[0])}
         real, generated = (network(part, data_range=data_range) for part in (real, generated))
     for name, part in (("real", real), ("generated", generated)):
         shaped = part.ndim == 2 and part.is_floating_point() and part.shape[1] > 0
         if not shaped or len(part) < 2 or not part.isfinite().all():
             raise ValueError(
-                f"{name}: got {part.dtype} {list(part.shape)}; accepted are two or more finite float features [N, D], "
+                f"{name}={part.dtype} {list(part.shape)}: expected two or more finite float features [N, D], "
                 "or images with features="
             )
     if real.shape[1] != generated.shape[1]:
-        raise ValueError(f"generated: got {generated.shape[1]} features; accepted is {real.shape[1]}, as in real")
+        raise ValueError(f"generated with {generated.shape[1]} features: expected {real.shape[1]}, as in real")
     conventions = {"count": len(generated), "count_real": len(real), "dimension": real.shape[1], **conventions}
     return real.detach().double(), generated.detach().double(), conventions, label
 

@@ -2,6 +2,8 @@
 the first metric class that it finds in a file's namespace.
 """
 
+from collections.abc import Sequence
+
 import datasets
 import evaluate
 import numpy as np
@@ -26,7 +28,7 @@ class ImageMetric(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return _info(self.description, f"predictions, references: {PIXELS}", 3)
 
-    def _compute(self, predictions, references, **settings) -> dict:
+    def _compute(self, predictions: Sequence, references: Sequence, **settings: object) -> dict:
         _needs(settings, "data_range")
         pairs = zip(predictions, references, strict=True)
         found = [self.measure(*(_tensor(part)[None] for part in pair), **settings) for pair in pairs]
@@ -47,13 +49,13 @@ class DistributionMetric(evaluate.Metric):
 
     def _info(self) -> evaluate.MetricInfo:
         if self.config_name not in ("default", "images"):
-            raise ValueError(f"config_name: got {self.config_name!r}; accepted are None (features) and 'images'")
+            raise ValueError(f"config_name={self.config_name!r}: expected None (features) or 'images'")
         images = self.config_name == "images"
         what = "images of one size [C, H, W] with features= and data_range= in compute" if images else "features [D]"
         what = f"predictions (generated), references (real): {what}, floats; empty lists are left out"
         return _info(self.description, what, 3 if images else 1)
 
-    def _compute(self, predictions, references, **settings) -> dict:
+    def _compute(self, predictions: Sequence, references: Sequence, **settings: object) -> dict:
         if self.config_name == "images":
             _needs(settings, "data_range", "features")
         sets = [torch.stack([_tensor(row) for row in rows if len(row)]) for rows in (references, predictions)]
@@ -72,10 +74,10 @@ def _info(description: str, inputs: str, depth: int) -> evaluate.MetricInfo:
 def _needs(settings: dict, *names: str) -> None:
     for name in names:
         if settings.get(name) is None:
-            raise ValueError(f"{name}: got None; accepted is compute({name}=...), as pyrdiff.metrics takes it")
+            raise ValueError(f"{name}=None: expected compute({name}=...), as pyrdiff.metrics takes it")
 
 
-def _tensor(row) -> Tensor:
+def _tensor(row: Sequence) -> Tensor:
     return torch.from_numpy(np.asarray(row, dtype=np.float32))
 
 

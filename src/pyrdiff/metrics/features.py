@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from pyrdiff.data import replacing
+
 from .result import check_images, check_range, to_unit
 from .trunks import NETWORKS, SMALLEST, imagenet_normal, inception, open_trunk, sha256_of
 
@@ -25,9 +27,9 @@ class FeatureNetwork(Protocol):
     """Float images [B, 1 or 3, H, W] to float32 features [B, D] on their device.
 
     Attributes:
-        name: of the network.
+        name: Of the network.
         channels: 1 or 3; a network of 3 takes gray images too, repeated.
-        conventions: network, layer, resize, normalisation and the start of the weights' SHA-256, as JSON values.
+        conventions: Network, layer, resize, normalisation and the start of the weights' SHA-256, as JSON values.
     """
 
     name: str
@@ -41,11 +43,11 @@ class ImageFeatures:
     """A `FeatureNetwork` from a function of RGB or gray images in [0, 1]. Runs in batches and without gradients.
 
     Args:
-        name, channels, conventions: as in `FeatureNetwork`.
+        name, channels, conventions: As in `FeatureNetwork`.
         network: float32 [b, channels, H, W] in [0, 1] on `device` to [b, D].
-        device: where the network is.
-        batch_size: images at a time. Changes the result by rounding only.
-        smallest: least side of an image.
+        device: Where the network is.
+        batch_size: Images at a time. Changes the result by rounding only.
+        smallest: Least side of an image.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class ImageFeatures:
         smallest: int = 1,
     ):
         if batch_size < 1:
-            raise ValueError(f"batch_size: got {batch_size}; accepted is 1 or more")
+            raise ValueError(f"batch_size={batch_size}: expected 1 or more")
         self.name = name
         self.channels = channels
         self.conventions = conventions
@@ -73,10 +75,10 @@ class ImageFeatures:
         """Features [B, D] of float images [B, C, H, W] with values in `data_range`; ValueError for anything else."""
         check_images("images", images, data_range)
         if images.shape[1] > self.channels:
-            raise ValueError(f"images: got {images.shape[1]} channels; accepted by {self.name} is {self.channels}")
+            raise ValueError(f"images of {images.shape[1]} channels: expected at most {self.channels} for {self.name}")
         if min(images.shape[-2:]) < self.smallest:
             raise ValueError(
-                f"images: got {list(images.shape[-2:])}; accepted by {self.name} are sides of {self.smallest} or more"
+                f"images of {list(images.shape[-2:])}: expected sides of {self.smallest} or more for {self.name}"
             )
         found = []
         for part in images.split(self.batch_size):
@@ -103,19 +105,19 @@ def open_features(
     | "classifier" | 128: see `train_classifier` | what its `save` wrote; must be given |
 
     Args:
-        name: see above.
-        weights: a path (see `open_trunk`); None for the published weights, downloaded once.
-        device: where the network runs.
-        batch_size: images at a time.
+        name: See above.
+        weights: A path (see `open_trunk`); None for the published weights, downloaded once.
+        device: Where the network runs.
+        batch_size: Images at a time.
 
     Raises:
         ValueError: for another name, and for weights that are missing, of another network or cannot be downloaded.
     """
     if name not in NAMES:
-        raise ValueError(f"name: got {name!r}; accepted are {', '.join(map(repr, NAMES))}")
+        raise ValueError(f"name={name!r}: expected one of {', '.join(map(repr, NAMES))}")
     if name == "classifier":
         if weights is None:
-            raise ValueError("weights: got None for 'classifier'; accepted is a file that Classifier.save wrote")
+            raise ValueError("weights=None for 'classifier': expected a file that Classifier.save wrote")
         return Classifier.load(weights, device=device, batch_size=batch_size)
     if name == "dinov2":
         return _open_dinov2(weights, device, batch_size)
@@ -167,7 +169,7 @@ def _open_dinov2(weights: str | os.PathLike | None, device: str | torch.device, 
         model = Dinov2Model.from_pretrained(source, use_safetensors=True).eval().to(device)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
-            f"weights: got {source!r}, which cannot be loaded ({str(error).splitlines()[0]}); accepted are a folder or "
+            f"weights={source!r}, which cannot be loaded ({str(error).splitlines()[0]}): expected a folder or "
             "a repository with a Dinov2Model"
         ) from error
     state = save({key: value.contiguous().cpu() for key, value in model.state_dict().items()})
@@ -192,9 +194,9 @@ class Classifier(ImageFeatures):
     """A small convolutional classifier of ours, whose last hidden layer gives 128 features; see `train_classifier`.
 
     Args:
-        state: tensors of its network.
-        record: how it was trained: size, channels, classes, images, epochs, train_accuracy.
-        device, batch_size: as in `ImageFeatures`.
+        state: Tensors of its network.
+        record: How it was trained: size, channels, classes, images, epochs, train_accuracy.
+        device, batch_size: As in `ImageFeatures`.
     """
 
     def __init__(self, state: dict, record: dict, device: str | torch.device = "cpu", batch_size: int = 256):
@@ -218,11 +220,9 @@ class Classifier(ImageFeatures):
         return self.layers[-1](self(images, data_range=data_range).to(self.device)).argmax(1).to(images.device)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the network as safetensors, beside and then renamed."""
-        path = Path(path)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_bytes(self._bytes())
-        beside.replace(path)
+        """Write the network as safetensors, whole or not at all."""
+        with replacing(path) as beside:
+            beside.write_bytes(self._bytes())
 
     @classmethod
     def load(
@@ -235,7 +235,7 @@ class Classifier(ImageFeatures):
             return cls(load_file(path), record, device, batch_size)
         except (OSError, SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"weights: got {str(path)!r}, which cannot be read ({str(error).splitlines()[0]}); accepted is a file "
+                f"weights={str(path)!r}, which cannot be read ({str(error).splitlines()[0]}): expected a file "
                 "that Classifier.save wrote"
             ) from error
 
@@ -265,13 +265,13 @@ def train_classifier(
 
     Args:
         images: [N, H, W] or [N, C, H, W], C 1 or 3, sides of 4 or more: uint8, or float with values in `data_range`.
-        labels: integers [N], 0 and up.
+        labels: Integers [N], 0 and up.
         data_range: (low, high) of float images; for uint8 it is (0, 255) and not given.
-        epochs: passes over the images.
-        batch_size: images a step.
-        learning_rate: the highest one of Adam, reached after a fifth of the steps and then taken down to 0.
-        generator: a CPU generator for the initial weights and the order; seeded with 0 when None.
-        device: where to train.
+        epochs: Passes over the images.
+        batch_size: Images a step.
+        learning_rate: The highest one of Adam, reached after a fifth of the steps and then taken down to 0.
+        generator: A CPU generator for the initial weights and the order; seeded with 0 when None.
+        device: Where to train.
 
     Raises:
         ValueError: for wrong shapes, values or settings.
@@ -284,19 +284,18 @@ def train_classifier(
         check_images("images", images, data_range)
     else:
         raise ValueError(
-            f"images, data_range: got {images.dtype} and {data_range!r}; accepted are uint8 without a range and floats "
-            "with one"
+            f"images={images.dtype}, data_range={data_range!r}: expected uint8 without a range, or floats with one"
         )
     if images.ndim != 4 or images.shape[1] not in (1, 3) or min(images.shape[-2:]) < 4 or len(images) == 0:
-        raise ValueError(f"images: got {list(images.shape)}; accepted is [N, C, H, W], C 1 or 3, sides of 4 or more")
+        raise ValueError(f"images={list(images.shape)}: expected [N, C, H, W], C 1 or 3, sides of 4 or more")
     if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.min() < 0 or labels.max() < 1:
         raise ValueError(
-            f"labels: got {labels.dtype} {list(labels.shape)}; accepted are {len(images)} integers, 0 and up, "
+            f"labels={labels.dtype} {list(labels.shape)}: expected {len(images)} integers, 0 and up, "
             "of two classes or more"
         )
     if min(epochs, batch_size) < 1 or not learning_rate > 0:
         raise ValueError(
-            f"epochs, batch_size, learning_rate: got {epochs}, {batch_size}, {learning_rate}; accepted are 1 or more, "
+            f"epochs={epochs}, batch_size={batch_size}, learning_rate={learning_rate}: expected 1 or more, "
             "1 or more, and above 0"
         )
     generator = torch.Generator().manual_seed(0) if generator is None else generator

@@ -9,18 +9,14 @@ from torch import Tensor
 
 from .result import MetricResult, check_images, check_pair, check_range, mean_of, to_unit
 
+Range, Channels = tuple[float, float], Literal["rgb", "y"]
 SSIM_SIGMA, SSIM_WINDOW, SSIM_K1, SSIM_K2 = 1.5, 11, 0.01, 0.03  # Wang et al. 2004, section III-B
 BT601 = (65.481, 128.553, 24.966)  # of R, G, B in [0, 1]; with the offset of 16, Y is in 16..235 of 255
 CONSISTENCY_UNIT = 1e-5
 
 
 def psnr(
-    prediction: Tensor,
-    target: Tensor,
-    *,
-    data_range: tuple[float, float],
-    channels: Literal["rgb", "y"] = "rgb",
-    crop_border: int = 0,
+    prediction: Tensor, target: Tensor, *, data_range: Range, channels: Channels = "rgb", crop_border: int = 0
 ) -> MetricResult:
     """Peak signal-to-noise ratio in dB, -10 log10 of the mean square error in units of the range; the mean over images.
 
@@ -28,11 +24,11 @@ def psnr(
 
     Args:
         prediction: float [B, C, H, W], C 1 or 3, values in `data_range`.
-        target: the same.
+        target: The same.
         data_range: (low, high), what black and white are.
         channels: "rgb" takes all channels as they are; "y" takes BT.601 luma in the studio range 16..235 of 255, not
             rounded, with 255 as the peak: MATLAB's `rgb2ycbcr`, as in the super-resolution literature.
-        crop_border: so many pixels are left out at each side; there, the scale factor is usual.
+        crop_border: So many pixels are left out at each side; there, the scale factor is usual.
 
     Raises:
         ValueError: for wrong shapes, values or settings.
@@ -49,12 +45,7 @@ def psnr(
 
 
 def ssim(
-    prediction: Tensor,
-    target: Tensor,
-    *,
-    data_range: tuple[float, float],
-    channels: Literal["rgb", "y"] = "rgb",
-    crop_border: int = 0,
+    prediction: Tensor, target: Tensor, *, data_range: Range, channels: Channels = "rgb", crop_border: int = 0
 ) -> MetricResult:
     """Structural similarity (Wang et al. 2004) with an 11×11 Gaussian window, sigma 1.5; the mean over images.
 
@@ -115,7 +106,7 @@ def consistency(
     check_images("low_res", low_res, data_range)
     if output.shape[:2] != low_res.shape[:2] or any(a < b for a, b in zip(output.shape, low_res.shape, strict=True)):
         raise ValueError(
-            f"output, low_res: got {list(output.shape)} and {list(low_res.shape)}; accepted are [B, C, H, W] and "
+            f"output={list(output.shape)}, low_res={list(low_res.shape)}: expected [B, C, H, W] and "
             "[B, C, h, w] with h <= H and w <= W"
         )
     if down is None:
@@ -126,7 +117,7 @@ def consistency(
         shrunk = down(output)
         if shrunk.shape != low_res.shape:
             raise ValueError(
-                f"down: got {named}, which gives {list(shrunk.shape)}; accepted is one that gives {list(low_res.shape)}"
+                f"down={named}, which gives {list(shrunk.shape)}: expected one that gives {list(low_res.shape)}"
             )
     error = (to_unit(shrunk, data_range) - to_unit(low_res, data_range)).square().mean((1, 2, 3)) / CONSISTENCY_UNIT
     scale = f"mean square error in [0, 1], in units of {CONSISTENCY_UNIT:g}"
@@ -147,15 +138,13 @@ def _prepare(
     """Both as float64 [B, C, h, w] in [0, 1], cropped, with the channels to compare; and the conventions."""
     check_pair(prediction, target, data_range)
     if channels not in ("rgb", "y"):
-        raise ValueError(f"channels: got {channels!r}; accepted are 'rgb' and 'y'")
+        raise ValueError(f"channels={channels!r}: expected 'rgb' or 'y'")
     if channels == "y" and prediction.shape[1] != 3:
-        raise ValueError(f"channels: got 'y' for images of {prediction.shape[1]} channel; accepted is 'rgb' there")
+        raise ValueError(f"channels='y' for images of {prediction.shape[1]} channel: expected 'rgb' there")
     room = (min(prediction.shape[-2:]) - smallest) // 2
     if not isinstance(crop, int) or not 0 <= crop <= room:
-        accepted = (
-            f"accepted are 0..{room}" if room >= 0 else f"accepted are images of {smallest} pixels a side or more"
-        )
-        raise ValueError(f"crop_border: got {crop!r} for images {list(prediction.shape[-2:])}; {accepted}")
+        expected = f"0..{room}" if room >= 0 else f"images of {smallest} pixels a side or more"
+        raise ValueError(f"crop_border={crop!r} for images {list(prediction.shape[-2:])}: expected {expected}")
     kind = "gray" if prediction.shape[1] == 1 else channels
     pair = []
     for images in (prediction, target):

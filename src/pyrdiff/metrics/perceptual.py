@@ -30,12 +30,12 @@ def lpips(
 
     Args:
         prediction: float [B, C, H, W], values in `data_range`; one channel is repeated to three. On any device.
-        target: the same.
+        target: The same.
         data_range: (low, high), what black and white are.
         network: "alex" for comparisons with most papers, "squeeze" is the smallest, "vgg" was made for losses.
-        weights: file with the network's weights in torchvision's layout (see `open_trunk`), or None for the published
+        weights: File with the network's weights in torchvision's layout (see `open_trunk`), or None for the published
             file, downloaded once.
-        batch_size: so many pairs at a time. Does not change the result.
+        batch_size: So many pairs at a time. Does not change the result.
 
     Raises:
         ValueError: for wrong shapes, values or settings, and for weights that are missing or of another network.
@@ -43,13 +43,13 @@ def lpips(
     """
     check_pair(prediction, target, data_range)
     if network not in TRUNKS:
-        raise ValueError(f"network: got {network!r}; accepted are {', '.join(map(repr, TRUNKS))}")
+        raise ValueError(f"network={network!r}: expected one of {', '.join(map(repr, TRUNKS))}")
     if batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size}; accepted is 1 or more")
+        raise ValueError(f"batch_size={batch_size}: expected 1 or more")
     trunk = TRUNKS[network]
     if min(prediction.shape[-2:]) < SMALLEST[trunk]:
         raise ValueError(
-            f"prediction: got images {list(prediction.shape[-2:])}; accepted for network={network!r} are sides of "
+            f"prediction with images {list(prediction.shape[-2:])}: expected for network={network!r} sides of "
             f"{SMALLEST[trunk]} or more"
         )
     heads = lpips_heads(network, prediction.device)

@@ -15,10 +15,10 @@ class MetricResult:
     """A number and what is needed to get it again.
 
     Attributes:
-        name: what to call the number; "FID" only where the feature network is that of FID.
-        value: the number; for metrics of single images the mean of `per_image`.
+        name: What to call the number; "FID" only where the feature network is that of FID.
+        value: The number; for metrics of single images the mean of `per_image`.
         per_image: float64 [B] on the CPU, or None where images have no values of their own.
-        conventions: how it was computed, as JSON values: count, channels, range, units and the metric's own settings.
+        conventions: How it was computed, as JSON values: count, channels, range, units and the metric's own settings.
     """
 
     name: str
@@ -40,13 +40,13 @@ def combine(results: Sequence[MetricResult]) -> MetricResult:
         ValueError: when there is none, or they are not of one metric of single images with the same conventions.
     """
     if not results:
-        raise ValueError("results: got none; accepted is one or more")
+        raise ValueError("results=[]: expected one or more")
     kept = [{key: value for key, value in result.conventions.items() if key != "count"} for result in results]
     first = results[0]
     for result, conventions in zip(results, kept, strict=True):
         if result.name != first.name or result.per_image is None or conventions != kept[0]:
             raise ValueError(
-                f"results: got {first.name} {kept[0]} beside {result.name} {conventions}; accepted are per-image "
+                f"results={first.name} {kept[0]} beside {result.name} {conventions}: expected per-image "
                 "results of one metric with the same conventions"
             )
     return mean_of(first.name, torch.cat([result.per_image for result in results]), kept[0])
@@ -59,7 +59,7 @@ def check_range(data_range: tuple[float, float]) -> tuple[float, float]:
     except (TypeError, ValueError):
         low = high = math.nan
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(f"data_range: got {data_range!r}; accepted is a pair (low, high) such as (0, 1) or (-1, 1)")
+        raise ValueError(f"data_range={data_range!r}: expected a pair (low, high) such as (0, 1) or (-1, 1)")
     return low, high
 
 
@@ -67,16 +67,16 @@ def check_images(argument: str, images: Tensor, data_range: tuple[float, float])
     """Raise ValueError unless `images` is a float [B, C, H, W], C 1 or 3, not empty, with values in `data_range`."""
     low, high = check_range(data_range)
     if not isinstance(images, Tensor):
-        raise ValueError(f"{argument}: got {type(images).__name__}; accepted is a float tensor [B, C, H, W]")
+        raise ValueError(f"{argument}={type(images).__name__}: expected a float tensor [B, C, H, W]")
     if images.ndim != 4 or not images.is_floating_point() or images.numel() == 0 or images.shape[1] not in (1, 3):
         raise ValueError(
-            f"{argument}: got {images.dtype} {list(images.shape)}; accepted is a non-empty float [B, C, H, W], C 1 or 3"
+            f"{argument}={images.dtype} {list(images.shape)}: expected a non-empty float [B, C, H, W], C 1 or 3"
         )
     least, most = images.min().item(), images.max().item()
     slack = SLACK * (high - low)
     if not (low - slack <= least and most <= high + slack):
         raise ValueError(
-            f"{argument}: got values in [{least:.6g}, {most:.6g}]; accepted is data_range=({low:g}, {high:g}), "
+            f"{argument} has values in [{least:.6g}, {most:.6g}]: expected data_range=({low:g}, {high:g}), "
             "and nothing is clamped here"
         )
 
@@ -86,9 +86,7 @@ def check_pair(prediction: Tensor, target: Tensor, data_range: tuple[float, floa
     check_images("prediction", prediction, data_range)
     check_images("target", target, data_range)
     if prediction.shape != target.shape:
-        raise ValueError(
-            f"prediction, target: got {list(prediction.shape)} and {list(target.shape)}; accepted are equal shapes"
-        )
+        raise ValueError(f"prediction={list(prediction.shape)}, target={list(target.shape)}: expected equal shapes")
 
 
 def to_unit(images: Tensor, data_range: tuple[float, float], dtype: torch.dtype = torch.float64) -> Tensor:

@@ -155,11 +155,11 @@ def open_trunk(
     """The state dict of a network, and the first 12 hexadecimal digits of the SHA-256 of its file.
 
     Args:
-        network: a key of `NETWORKS`.
-        weights: a file: a state dict in torchvision's layout, of the whole model or of its `features`, as .safetensors
+        network: A key of `NETWORKS`.
+        weights: A file: a state dict in torchvision's layout, of the whole model or of its `features`, as .safetensors
             or as what `torch.load(weights_only=True)` reads. None takes the published file from torch.hub's cache, and
             downloads it when it is not there.
-        device: where the tensors go.
+        device: Where the tensors go.
 
     Raises:
         ValueError: when there is no such file, it is not of this network, or it cannot be downloaded.
@@ -173,19 +173,19 @@ def open_trunk(
                 torch.hub.download_url_to_file(URLS[network], str(weights), hash_prefix=prefix, progress=False)
             except (OSError, RuntimeError) as error:
                 raise ValueError(
-                    f"weights: got None, but {URLS[network]} cannot be downloaded ({error}); accepted is the path of a "
+                    f"weights=None, but {URLS[network]} cannot be downloaded ({error}): expected the path of a "
                     f"file with the weights of {network}"
                 ) from error
     path = Path(weights)
     if not path.is_file():
-        raise ValueError(f"weights: got {str(path)!r}, which is no file; accepted is a file with {network}'s weights")
+        raise ValueError(f"weights={str(path)!r}, which is no file: expected a file with {network}'s weights")
     stat = path.stat()
     return _read_trunk(network, path.resolve(), (stat.st_size, stat.st_mtime_ns), str(device))
 
 
 @functools.lru_cache(maxsize=4)
 def _read_trunk(network: str, path: Path, stamp: tuple, device: str) -> tuple[dict, str]:
-    refused = f"weights: got {str(path)!r}, which is not a state dict of {network}"
+    refused = f"weights={str(path)!r}, which is not a state dict of {network}"
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
@@ -215,7 +215,7 @@ def lpips_heads(network: str, device: str | torch.device = "cpu") -> list[Tensor
     path = Path(folders[0]) / "weights" / "v0.1" / f"{network}.pth" if folders else None
     if path is None or not path.is_file():
         raise ImportError(
-            "lpips: its linear heads come with the lpips package, which is not installed; accepted is "
+            "lpips: its linear heads come with the lpips package, which is not installed; expected "
             "`pip install --no-deps lpips==0.1.4` (with its dependencies it would bring torchvision along)"
         )
     state = torch.load(path, weights_only=True, map_location=device)

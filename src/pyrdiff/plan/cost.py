@@ -9,12 +9,23 @@ import statistics
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-import diffusers
 import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
 
+from pyrdiff.data import replacing
 from pyrdiff.machine import device_name, in_turn
+
+from .clipping import clipping
+
+
+class PlannedLevel(Protocol):
+    """What is asked of a level of `pipeline.plan(...)`."""
+
+    size: tuple[int, int]
+    network_size: tuple[int, int]
+    timesteps: list[float]
 
 
 class Step(NamedTuple):
@@ -50,7 +61,7 @@ class StepCosts:
     dtype: str
     model: str
 
-    def predict(self, pipeline, plan: str | dict) -> float:
+    def predict(self, pipeline: DiffusionPipeline, plan: str | dict) -> float:
         """
         Seconds of `pipeline(batch_size, plan=plan)`.
 
@@ -70,7 +81,7 @@ class StepCosts:
             total += self.overhead[name][size] + len(level.timesteps) * self.seconds[name][size]
         return total
 
-    def check(self, pipeline, batch_size: int) -> None:
+    def check(self, pipeline: DiffusionPipeline, batch_size: int) -> None:
         """
         Refuses costs that were not measured on this pipeline, on this machine and with this batch size.
 
@@ -85,10 +96,9 @@ class StepCosts:
             raise ValueError(f"costs were measured with {measured}: expected {wanted}")
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes JSON, beside and then renamed."""
-        beside = Path(f"{path}.{os.getpid()}")
-        beside.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-        beside.replace(path)
+        """Writes JSON, whole or not at all."""
+        with replacing(path) as beside:
+            beside.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "StepCosts":
@@ -100,7 +110,11 @@ class StepCosts:
 
 
 def measure_costs(
-    pipeline, batch_size: int = 16, plans: dict[str, dict] | None = None, steps: int = 10, rounds: int = 3
+    pipeline: DiffusionPipeline,
+    batch_size: int = 16,
+    plans: dict[str, dict] | None = None,
+    steps: int = 10,
+    rounds: int = 3,
 ) -> StepCosts:
     """
     Times every scheduler at every level where a plan uses it, with the network: runs of few and of more steps, one
@@ -152,13 +166,13 @@ def measure_costs(
     return StepCosts(seconds, overhead, **_circumstances(pipeline, batch_size))
 
 
-def _levels(pipeline, plan: str | dict) -> list[tuple]:
+def _levels(pipeline: DiffusionPipeline, plan: str | dict) -> list[tuple]:
     """The levels of a plan, each with the scheduler that runs it."""
     _, schedulers = pipeline._named_plan(plan, {})
     return [(level, schedulers[min(index, 1)]) for index, level in enumerate(pipeline.plan(plan=plan).levels)]
 
 
-def _step(pipeline, level, scheduler) -> Step:
+def _step(pipeline: DiffusionPipeline, level: PlannedLevel, scheduler: SchedulerMixin) -> Step:
     """
     What is timed. The scheduler's name is its class and the settings that were changed; the noise process is the same
     in all schedulers of a pipeline.
@@ -172,7 +186,7 @@ def _step(pipeline, level, scheduler) -> Step:
     return Step(f"{type(scheduler).__name__}({', '.join(changed)})", "{}x{}".format(*level.network_size))
 
 
-def _circumstances(pipeline, batch_size: int) -> dict:
+def _circumstances(pipeline: DiffusionPipeline, batch_size: int) -> dict:
     """What step costs depend on, as `StepCosts` names it."""
     device, unet = pipeline.device, pipeline.unet
     autocast = torch.is_autocast_enabled(device.type)
@@ -190,7 +204,7 @@ def _circumstances(pipeline, batch_size: int) -> dict:
 
 
 def choose(
-    pipeline,
+    pipeline: DiffusionPipeline,
     costs: StepCosts,
     plans: dict[str, dict] | None = None,
     budget_ms: float | None = None,
@@ -229,7 +243,7 @@ def choose(
     if quality is not None:
         each_ms = {name: value for name, value in each_ms.items() if name in quality}
         if not each_ms:
-            raise ValueError(f"quality: got {sorted(quality)}; expected distances of some of {sorted(plans)}")
+            raise ValueError(f"quality={quality}: expected distances of some of {sorted(plans)}")
     if budget_ms is not None:
         fitting = {name: value for name, value in each_ms.items() if value <= budget_ms}
         if not fitting:
@@ -295,7 +309,5 @@ def _plan_of(settings: dict) -> dict:
             continue
         changed = dict(changed)
         kind = changed.pop("_class_name")
-        takes_clip = "clip_sample" in inspect.signature(getattr(diffusers, kind).__init__).parameters
-        clip = {} if takes_clip else {"thresholding": True, "sample_max_value": 1.0}
-        plan[name] = [kind, {"timestep_spacing": spacing, **clip, **changed}]
+        plan[name] = [kind, {"timestep_spacing": spacing, **clipping(kind), **changed}]
     return plan

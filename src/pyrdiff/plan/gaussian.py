@@ -92,9 +92,9 @@ class Modes:
 
     Attributes:
         size: (height, width).
-        rows, columns: int [M], cycles per image of each mode, 0 to half the side.
+        rows, columns: Int [M], cycles per image of each mode, 0 to half the side.
         count: float64 [M], how many frequencies a mode stands for; they sum to height x width.
-        bins: int [M], radius rounded, clipped to the largest bin: those of `pyrdiff.data.radial_covariance`.
+        bins: Int [M], radius rounded, clipped to the largest bin: those of `pyrdiff.data.radial_covariance`.
     """
 
     size: tuple[int, int]

@@ -21,7 +21,7 @@ class Spectra:
         colors: float64 [C, C], orthonormal rows: axes along which the colours of the images are uncorrelated, the
             strongest first.
         sizes: (height, width) of each level, low to high.
-        power: for each level float64 [C, bins], the variance of an orthonormal Fourier coefficient in the [-1, 1]
+        power: For each level float64 [C, bins], the variance of an orthonormal Fourier coefficient in the [-1, 1]
             range; the bins are those of `pyrdiff.data.radial_covariance`.
     """
 

@@ -16,6 +16,14 @@ class TrainingDiverged(RuntimeError):
     """The loss or the gradient was not finite."""
 
 
+def parse_size(text: str) -> tuple[int, int] | None:
+    """(height, width) of a size such as "64" or "48x64"; None for anything else."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        return None
+    return int(sides[0]), int(sides[-1])
+
+
 @dataclass(kw_only=True)
 class TrainingSettings:
     """Flags of every training script."""
@@ -121,10 +129,9 @@ class TrainingSettings:
         """`resolution` as (height, width) pairs."""
         sizes = []
         for text in self.resolution:
-            parts = str(text).lower().split("x")
-            good = len(parts) in (1, 2) and all(part.isdecimal() and int(part) > 0 for part in parts)
-            self._check("resolution", good, "numbers such as 64, or 48x64 for height x width")
-            sizes.append((int(parts[0]), int(parts[-1])))
+            size = parse_size(str(text))
+            self._check("resolution", size is not None, "numbers such as 64, or 48x64 for height x width")
+            sizes.append(size)
         return sizes
 
     def _check(self, name: str, good: bool, expected: str) -> None:

@@ -10,9 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import gradio as gr
+from diffusers import DiffusionPipeline
 from PIL import Image
 
-from .session import MAX_FILE_MB, MAX_IMAGES, Cancelled, Level, Progress, Result, Session, parameters
+from .events import Cancelled, Level, Progress, Result
+from .pictures import MAX_FILE_MB
+from .run import parameters
+from .session import MAX_IMAGES, Session
 
 SIDE = 128  # pixels of the screen that a small image is shown at
 SLIDER_SIDE = 1024  # the most pixels of a side in the before/after view; the download has them all
@@ -66,7 +70,7 @@ def build(session: Session) -> gr.Blocks:
                 with gr.Tab("Compare plans"):
                     _compare(session)
 
-        def left(request: gr.Request):
+        def left(request: gr.Request) -> None:
             session.cancel(request.session_hash)
 
         page.unload(left)
@@ -246,7 +250,7 @@ def _cheapest(plans: dict[str, str], count: int) -> list[str]:
     return sorted(plans, key=calls.get)[:count]
 
 
-def _plan_and_steps(session: Session, pipeline) -> tuple[gr.Dropdown, dict[str, gr.Number]]:
+def _plan_and_steps(session: Session, pipeline: DiffusionPipeline) -> tuple[gr.Dropdown, dict[str, gr.Number]]:
     """A choice of plans, and the numbers of steps, which show where no plan is chosen."""
     plans, own = session.plans(pipeline), "steps as set here"
     choices = [*((_plan_label(name, cost), name) for name, cost in plans.items()), (own, "")]

@@ -1,177 +1,26 @@
 """One model and what a page has it do: generate level by level, enlarge, show a trajectory, compare plans."""
 
 import inspect
-import math
-import queue
 import threading
-import time
-import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from itertools import accumulate
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from diffusers import DiffusionPipeline
+from diffusers.utils import BaseOutput
+from PIL import Image
 
 import pyrdiff
-from pyrdiff.data import BadImageError, open_picture
-from pyrdiff.data.files import READ
+from pyrdiff.machine import open_device
+
+from .events import Busy, Level, Progress, Result
+from .pictures import read_picture
+from .run import Run, images_of, networks, parameters
 
 STEP_ARGUMENTS = ("num_inference_steps", "refine_steps", "num_passes")  # of calls, as diffusers and pyrdiff name them
 MAX_IMAGES = 16
-MAX_FILE_MB = 64
 STATES = 8  # of a trajectory that are shown
-SECONDS_BETWEEN = 0.1  # reports of progress
-
-_header_lock = threading.Lock()
-
-
-class Cancelled(Exception):
-    """The run was cancelled."""
-
-
-class Busy(ValueError):
-    """The model is at work."""
-
-
-@dataclass
-class Progress:
-    """
-    How far a run is.
-
-    Attributes:
-        task: What is running, where there is more than one thing.
-        calls: Network calls that were begun.
-        step, steps: Steps done, and in all, where the pipeline says so.
-        window, windows: Network calls of this step, and of the one before it.
-        seconds: Since the pipeline was called.
-    """
-
-    task: str
-    calls: int
-    step: int
-    steps: int | None
-    window: int
-    windows: int
-    seconds: float
-
-    @property
-    def fraction(self) -> float | None:
-        """Share of the run that is done, or None where it cannot be told."""
-        if not self.steps:
-            return None
-        inside = max(self.window - 1, 0) / self.windows if self.windows else 0.0
-        return min((self.step + min(inside, 1.0)) / self.steps, 1.0)
-
-
-@dataclass
-class Level:
-    """A finished level: its images, its size (height, width), its cost, and the seconds since the start."""
-
-    images: list[Image.Image]
-    size: tuple[int, int]
-    calls: int
-    nfe_eq: float
-    seconds: float
-
-
-@dataclass
-class Result:
-    """
-    What a call gave.
-
-    Attributes:
-        name: Which of several calls.
-        images: Its images.
-        calls, nfe_eq, seconds: Network calls, the same in calls at the largest size, and what it took.
-        levels: Of a pyramid, else empty.
-        columns: Of a trajectory, (title, images) from structure to image, else empty.
-        before: The picture that was enlarged, enlarged by bicubic interpolation.
-        consistency: Mean difference, in [0, 1], between the picture and the result made smaller again.
-        notes: What was done to the picture before.
-    """
-
-    name: str
-    images: list[Image.Image]
-    calls: int
-    nfe_eq: float
-    seconds: float
-    levels: list[Level] = field(default_factory=list)
-    columns: list[tuple[str, list[Image.Image]]] = field(default_factory=list)
-    before: Image.Image | None = None
-    consistency: float | None = None
-    notes: list[str] = field(default_factory=list)
-
-
-class Run:
-    """One piece of work in a thread of its own: what it reports, and whether it is to stop."""
-
-    def __init__(self, owner: str):
-        self.owner, self.cancelled, self.events = owner, threading.Event(), queue.SimpleQueue()
-        self.task, self.areas, self.began = "", [], 0.0
-
-    def call(self, pipeline, arguments: dict, on_step: Callable | None = None):
-        """
-        The output of `pipeline(**arguments)`. Its network calls are counted and progress is reported. Once the run is
-        cancelled the next network call does not take place: `Cancelled` is raised instead.
-        """
-        self.areas, self.began = [], time.perf_counter()
-        step, before_step, windows, reported = 0, 0, 0, 0.0
-
-        def report() -> None:
-            nonlocal reported
-            now = time.perf_counter()
-            if now - reported >= SECONDS_BETWEEN:
-                reported, calls = now, len(self.areas)
-                steps = getattr(pipeline, "num_timesteps", None)
-                seconds = now - self.began
-                self.events.put(Progress(self.task, calls, step, steps, calls - before_step, windows, seconds))
-
-        def before_network(module, given, named) -> None:
-            self.check()
-            values = (*given, *named.values())
-            sample = next((each for each in values if isinstance(each, torch.Tensor) and each.ndim == 4), None)
-            if sample is not None:  # no image, no step: the encoder of a prompt
-                self.areas.append(len(sample) * math.prod(sample.shape[-2:]))
-                report()
-
-        def after_step(_, index, timestep, tensors) -> dict:
-            nonlocal step, before_step, windows
-            self.check()
-            step, windows, before_step = step + 1, len(self.areas) - before_step, len(self.areas)
-            if on_step is not None:
-                on_step(step, tensors)
-            report()
-            return {}
-
-        if "callback_on_step_end" in parameters(pipeline):
-            arguments = {**arguments, "callback_on_step_end": after_step}
-        networks = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-        hooks = [part.register_forward_pre_hook(before_network, with_kwargs=True) for part in networks]
-        try:
-            self.check()
-            output = pipeline(**arguments)
-            self.check()
-            return output
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def check(self) -> None:
-        if self.cancelled.is_set():
-            raise Cancelled
-
-    @property
-    def seconds(self) -> float:
-        """Since the pipeline was called."""
-        return time.perf_counter() - self.began
-
-    def result(self, name: str, output, **more) -> Result:
-        """What a call gave and took; 1 NFE-eq is one network call for all images at the largest size that occurred."""
-        nfe_eq = sum(self.areas) / max(self.areas, default=1)
-        return Result(name, list(_images(output)), len(self.areas), nfe_eq, self.seconds, **more)
 
 
 class Session:
@@ -192,7 +41,13 @@ class Session:
         ValueError: if the pipeline's call needs something else than an image.
     """
 
-    def __init__(self, pipeline, enlarger=None, name: str = "model", max_megapixels: float = 16):
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        enlarger: DiffusionPipeline | None = None,
+        name: str = "model",
+        max_megapixels: float = 16,
+    ):
         self.pipeline, self.name, self.max_pixels = pipeline, name, int(max_megapixels * 1e6)
         needed = _required(pipeline)
         if needed not in ([], ["image"]):
@@ -209,11 +64,7 @@ class Session:
     @classmethod
     def open(cls, model: str, revision: str | None = None, device: str | None = None, max_megapixels: float = 16):
         """The session of a saved model; `ValueError` if it cannot be loaded. `device`: by default the GPU if any."""
-        try:
-            device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            torch.zeros(1, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device={str(device)!r}: expected one of this machine, such as cpu ({error})") from error
+        device = open_device(device)
         pipeline, enlarger = pyrdiff.load(model, revision=revision).to(device), None
         if "image" not in _required(pipeline):
             try:
@@ -239,18 +90,14 @@ class Session:
         factors = self._setting("scale_factors")
         return None if factors is None else list(factors)
 
-    def _setting(self, name: str):
+    def _setting(self, name: str) -> object:
         """A value from the config of one of the networks."""
-        for part in self.pipeline.components.values():
-            value = getattr(getattr(part, "config", None), name, None)
-            if isinstance(part, torch.nn.Module) and value is not None:
-                return value
-        return None
+        values = (getattr(getattr(network, "config", None), name, None) for network in networks(self.pipeline))
+        return next((value for value in values if value is not None), None)
 
     def description(self) -> str:
         """The model in one line."""
-        networks = [part for part in self.pipeline.components.values() if isinstance(part, torch.nn.Module)]
-        count = sum(parameter.numel() for part in networks for parameter in part.parameters())
+        count = sum(parameter.numel() for part in networks(self.pipeline) for parameter in part.parameters())
         facts = [type(self.pipeline).__name__, f"{count / 1e6:.1f} million parameters"]
         facts.append({1: "gray", 3: "colour"}.get(self.channels, f"{self.channels} channels"))
         sizes, side = [level.size for level in self._levels(self.pipeline, {})], self._setting("sample_size")
@@ -263,7 +110,7 @@ class Session:
             facts.append("enlarges" + ("" if factors is None else f" ×{', ×'.join(map(str, factors))}"))
         return f"{', '.join(facts)}; on {self.pipeline.device}"
 
-    def plans(self, pipeline=None) -> dict[str, str]:
+    def plans(self, pipeline: DiffusionPipeline | None = None) -> dict[str, str]:
         """{name: what it costs} of the pipeline's named plans."""
         pipeline = self.pipeline if pipeline is None else pipeline
         if "plan" not in parameters(pipeline):
@@ -274,13 +121,13 @@ class Session:
             found[name] = " + ".join(str(len(level.timesteps)) for level in levels) + " calls" if levels else ""
         return found
 
-    def steps(self, pipeline=None) -> dict[str, int | None]:
+    def steps(self, pipeline: DiffusionPipeline | None = None) -> dict[str, int | None]:
         """{argument: default} of those arguments of a call that say how many steps it takes."""
         known = parameters(self.pipeline if pipeline is None else pipeline)
         return {name: known[name].default for name in STEP_ARGUMENTS if name in known}
 
     @staticmethod
-    def _levels(pipeline, arguments: dict) -> list:
+    def _levels(pipeline: DiffusionPipeline, arguments: dict) -> list:
         """The levels of a call with these arguments, each with size, timesteps and cost, where the pipeline tells."""
         if not hasattr(pipeline, "plan"):
             return []
@@ -344,7 +191,7 @@ class Session:
                 states, times = [states[k] for k in kept], [times[k] for k in kept if k < len(times)]
             titles = [f"t = {times[k]}" if k < len(times) else f"state {k + 1}" for k in range(len(states))]
             columns = [("structure", structure)] if structure is not None else []
-            columns += [*zip(titles, states, strict=True), ("image", _images(output))]
+            columns += [*zip(titles, states, strict=True), ("image", images_of(output))]
             run.events.put(run.result("", output, columns=columns))
 
         return self._start(work, owner)
@@ -446,7 +293,9 @@ class Session:
 
     # What it is given.
 
-    def _arguments(self, pipeline, count, seed, plan, steps) -> dict:
+    def _arguments(
+        self, pipeline: DiffusionPipeline, count: int, seed: int, plan: str | None, steps: dict | None
+    ) -> dict:
         """The arguments of a call that it takes; raises for what is out of range."""
         if not (isinstance(count, int) and 1 <= count <= MAX_IMAGES):
             raise ValueError(f"Number of images: got {count}; expected a whole number from 1 to {MAX_IMAGES}.")
@@ -476,53 +325,10 @@ class Session:
         return list(dict.fromkeys(int(part) for part in parts))
 
     def read(self, path: str | None) -> tuple[Image.Image, list[str]]:
-        """
-        A picture in the model's mode, upright and opaque, and what was done to it. Its size is read from the header
-        before anything is decoded.
+        """A picture in the model's mode, and what was done to it; see `read_picture`."""
+        return read_picture(path, self.channels, self.max_pixels)
 
-        Raises:
-            ValueError: for no picture, or one that is broken, too large, animated or of more than 8 bits a channel.
-        """
-        if not path:
-            raise ValueError("No picture yet: drop one first.")
-        name = Path(path).name
-        try:
-            megabytes = Path(path).stat().st_size / 1e6
-            if megabytes > MAX_FILE_MB:
-                raise ValueError(f"{name} cannot be used: {megabytes:.0f} MB; expected at most {MAX_FILE_MB}.")
-            width, height = _header_size(path)
-            if width * height > self.max_pixels:
-                raise ValueError(
-                    f"{name} cannot be used: {width}×{height} are {width * height / 1e6:.0f} megapixels; expected at "
-                    f"most {self.max_pixels / 1e6:g}."
-                )
-            picture = open_picture(path, self.max_pixels)
-        except BadImageError as error:
-            raise ValueError(f"{name} cannot be used: {error.reason}.") from error
-        except OSError as error:
-            raise ValueError(f"{name} cannot be read: {error.strerror or error}.") from error
-        image, notes = picture.color, list(picture.notes)
-        if picture.alpha is not None:
-            white = Image.new(image.mode, image.size, "white")
-            image = Image.composite(image, white, picture.alpha)
-            notes.append("transparency laid on white")
-        if picture.exif:
-            try:
-                image.info["exif"] = picture.exif
-                turned = ImageOps.exif_transpose(image)
-                if turned.size != image.size or turned.tobytes() != image.tobytes():
-                    notes.append("turned upright, as its orientation tag says")
-                image = turned
-            except Exception:  # damaged EXIF shows as all sorts; the pixels are good
-                pass
-            image.info.clear()
-        mode = {1: "L", 3: "RGB"}.get(self.channels, "RGB")
-        if image.mode != mode:
-            notes.append("made gray, for this model" if mode == "L" else "gray taken as colour, for this model")
-            image = image.convert(mode)
-        return image, notes
-
-    def _picture_arguments(self, path, scale_factor, tile) -> tuple[dict, list[str]]:
+    def _picture_arguments(self, path: str | None, scale_factor: float, tile: int | None) -> tuple[dict, list[str]]:
         """The arguments of a call that are about the picture."""
         takes = parameters(self.enlarger)
         image, notes = self.read(path)
@@ -543,7 +349,7 @@ class Session:
         return arguments, notes
 
     @staticmethod
-    def _enlarged(run: Run, name: str, output, image: Image.Image, notes: list[str]) -> Result:
+    def _enlarged(run: Run, name: str, output: BaseOutput | tuple, image: Image.Image, notes: list[str]) -> Result:
         consistency = getattr(output, "consistency", None)
         result = run.result(name, output, notes=notes)
         result.before = image.resize(result.images[0].size, Image.Resampling.BICUBIC)
@@ -551,44 +357,14 @@ class Session:
         return result
 
 
-def parameters(pipeline) -> dict[str, inspect.Parameter]:
-    """The named parameters of a pipeline's call."""
-    if pipeline is None:
-        return {}
-    loose = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    found = inspect.signature(pipeline.__call__).parameters
-    return {name: each for name, each in found.items() if each.kind not in loose}
+def _required(pipeline: DiffusionPipeline) -> list[str]:
+    """The arguments that a call needs."""
+    return [name for name, known in parameters(pipeline).items() if known.default is inspect.Parameter.empty]
 
 
-def _required(pipeline) -> list[str]:
-    return [name for name, each in parameters(pipeline).items() if each.default is inspect.Parameter.empty]
-
-
-def _images(output) -> list[Image.Image]:
-    return output.images if hasattr(output, "images") else output[0]
-
-
-def _level_images(pipeline, latents: torch.Tensor, size: tuple[int, int]) -> list[Image.Image]:
+def _level_images(pipeline: DiffusionPipeline, latents: torch.Tensor, size: tuple[int, int]) -> list[Image.Image]:
     """Latents [B, C, H, W] in [-1, 1] at the end of a level, as the pipeline makes images of them."""
     if tuple(latents.shape[-2:]) != tuple(size):
         latents = F.interpolate(latents, size, mode="bicubic", align_corners=False, antialias=True)
     images = (latents / 2 + 0.5).clamp(0, 1)
     return pipeline.numpy_to_pil(images.cpu().permute(0, 2, 3, 1).numpy())
-
-
-def _header_size(path: str) -> tuple[int, int]:
-    """(width, height) from the header of an image file, whatever they are; nothing is decoded."""
-    with _header_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            with Image.open(path, formats=READ) as image:
-                return image.size
-        except OSError as error:
-            if error.errno is not None:
-                raise
-            raise BadImageError(path, f"not an image; expected one of {', '.join(READ)}") from error
-        except Exception as error:
-            raise BadImageError(path, f"damaged ({error})") from error
-        finally:
-            Image.MAX_IMAGE_PIXELS = before

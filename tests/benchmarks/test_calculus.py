@@ -3,20 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    HeunDiscreteScheduler,
-    UniPCMultistepScheduler,
-)
-from oracles import GaussianNoisePredictor, natural_spectrum
-
-from pyrdiff import PyramidalPipeline
-from pyrdiff.data import radial_covariance
-from pyrdiff.plan import LevelSteps, Spectra, delivered, level_steps, octave_shares
-from pyrdiff.plan.gaussian import (
+from calculus import (
+    LevelSteps,
     Modes,
+    delivered,
     enlarge,
     half_log_snr,
     perfect_response,
@@ -24,6 +14,18 @@ from pyrdiff.plan.gaussian import (
     solver_of,
     step_coefficients,
 )
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    HeunDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from fitting import level_steps, octave_shares
+from oracles import GaussianNoisePredictor, natural_spectrum
+from spectra import Spectra, radial_covariance
+
+from pyrdiff import PyramidalPipeline
 
 ALPHAS = DDPMScheduler().alphas_cumprod
 SCHEDULERS = {
@@ -117,12 +119,9 @@ def test_many_steps_of_a_perfect_network_give_the_spectrum():
 @pytest.mark.parametrize(
     "low, high, arguments",
     [
-        ("ddpm", "ddpm", dict(num_inference_steps=30, refine_steps=10)),
         ("ddim", "ddim", dict(num_inference_steps=12, refine_steps=[4, 6], refine_strength=[0.5, 0.2])),
         ("dpmsolver++", "dpmsolver++", dict(num_inference_steps=10, refine_steps=4, spacing="log_snr")),
         ("sde-dpmsolver++", "ddpm", dict(num_inference_steps=20, refine_steps=5)),
-        ("sde-dpmsolver++", "sde-dpmsolver++", dict(num_inference_steps=20, refine_steps=5)),
-        ("dpmsolver++", "dpmsolver++", dict(num_inference_steps=16, resolutions=[32])),
         ("ddpm", "dpmsolver++", dict(num_inference_steps=20, refine_steps=5, resolutions=[8, 32])),
     ],
 )

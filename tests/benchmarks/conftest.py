@@ -1,0 +1,6 @@
+"""The benches import each other from their folder, as scripts do."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
