@@ -202,7 +202,7 @@ def test_wrong_choices_say_how_near_one_comes(pipeline):
         (dict(target=2), "expected one of them, and quality with target"),
         (dict(budget_ms=5), "budget_ms=5: expected at least 12.4, what the plan 'fast' takes"),
         (dict(target=5, quality=quality), "target=5: expected at least 100, what the plan 'balanced' reaches"),
-        (dict(target=5, quality={"other": 1.0}), "quality: got"),
+        (dict(target=5, quality={"other": 1.0}), "quality={"),
         (dict(budget_ms=5, plans={}), "plans={}: expected"),
     ]:
         with pytest.raises(ValueError, match=message):
