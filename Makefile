@@ -29,7 +29,7 @@ PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal
 test: $(READY)
 	$(call timed,$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(PYTEST) $(TESTS))
 
-# The inner loop: without what trains, publishes, packs or otherwise takes more than a second or two.
+# The inner loop: without what trains, publishes, packs or measures.
 test-fast: $(READY)
 	$(call timed,$(PYTEST) -m "not slow and not long" $(TESTS))
 

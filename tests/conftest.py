@@ -19,6 +19,22 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import warm  # noqa: E402
 
+# What trains, publishes, packs or measures, by folder or file: marked `long` and left out of `make test-fast`.
+LONG = (
+    "benchmarks",
+    "commands/test_bench_command.py",
+    "hub",
+    "plan/test_plan_example.py",
+    "plan/test_plan_gaussian.py",
+    "test_packaging.py",
+    "test_plugin_example.py",
+    "test_warm.py",
+    "training/test_checkpoints.py",
+    "training/test_loop.py",
+    "training/test_pixel_aware.py",
+    "training/test_sr.py",
+)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--runslow", action="store_true", help="run the tests marked slow, and all kills of a training")
@@ -48,7 +64,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
         if not torch.cuda.is_available():
             reasons["gpu"] = "needs a GPU"
+    tests = Path(__file__).parent
+    long = [tests / name for name in LONG]
     for item in items:
+        if any(item.path.is_relative_to(place) for place in long):
+            item.add_marker("long")
         for mark, reason in reasons.items():
             if item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=reason))
