@@ -1,4 +1,4 @@
-"""Training data: reading images, levels of resolution, multi-scale batches, the embedded letters, detail spectra,
+"""Training data: reading images, levels of resolution, multi-scale batches, the embedded letters, spectra,
 low-resolution images made of high-resolution ones. Also image files that are read to be worked on and written back with
 what they carry."""
 
@@ -12,7 +12,7 @@ from .images import BadImageError, decode_image, fit_image, image_tensor, list_i
 from .levels import ImageLevels
 from .seeds import seed_of
 from .sources import ImageSource, open_source, read_image, sizes_of
-from .spectrum import detail_spectra, octave_power, radial_covariance
+from .spectrum import octave_power, radial_covariance
 
 __all__ = [
     "BadImageError",
@@ -24,7 +24,6 @@ __all__ = [
     "check_saving",
     "decode_image",
     "degrade",
-    "detail_spectra",
     "draw_glyphs",
     "fit_image",
     "image_tensor",

@@ -1,10 +1,6 @@
 """How much each level adds over the one below it, by spatial frequency."""
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-
-from .levels import ImageLevels
 
 CHUNK = 64  # images that are held as floats at a time
 
@@ -75,37 +71,3 @@ def octave_power(images: torch.Tensor, reference: torch.Tensor) -> list[float]:
         shares.append(ours / theirs)
         low, high = high + 1, 2 * high
     return shares
-
-
-def detail_spectra(images: ImageLevels, max_images: int = 2048, seed: int = 0) -> list[list]:
-    """For each level above the lowest, `radial_covariance` of what bicubic upsampling of the level below lacks.
-
-    Args:
-        images: The levels; their pixels are taken in the range [-1, 1].
-        max_images: At most so many images, chosen at random, are measured.
-        seed: Of that choice.
-
-    Returns:
-        One nested list [max(h, w) // 2 + 1, C, C] per level from the second on, rounded to 6 significant digits.
-
-    Raises:
-        ValueError: when `max_images` is below 1.
-    """
-    if max_images < 1:
-        raise ValueError(f"max_images={max_images}: expected 1 or more")
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    chosen = np.sort(order[:max_images].numpy())
-
-    def pixels(level: int, indices: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(images.arrays[level][indices]).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-    spectra = []
-    for level in range(1, len(images.sizes)):
-        total = 0.0
-        for start in range(0, len(chosen), CHUNK):
-            indices = chosen[start : start + CHUNK]
-            below = F.interpolate(pixels(level - 1, indices), images.sizes[level], mode="bicubic", align_corners=False)
-            total = total + len(indices) * radial_covariance(pixels(level, indices) - below)
-        mean = (total / len(chosen)).tolist()
-        spectra.append([[[float(f"{value:.6g}") for value in row] for row in matrix] for matrix in mean])
-    return spectra

@@ -128,20 +128,10 @@ def loss(network, scheduler, settings: PyramidalSettings, batch, draws):
 
 def build_pipeline(settings: PyramidalSettings, network, scheduler, images):
     """Ancestral steps at every level unless a plan says otherwise; the plans are in `plans`."""
-    from pyrdiff.data import detail_spectra
     from pyrdiff.pipelines import PyramidalPipeline
-    from pyrdiff.plan import Spectra
 
-    names = ["{}x{}".format(*size) for size in settings.sizes]
-    details = dict(zip(names[1:], detail_spectra(images), strict=True)) or None
-    spectra = Spectra.of(images).to_dict() if len(images) > 1 else None
-    return PyramidalPipeline(
-        network,
-        scheduler,
-        detail_spectra=details,
-        spectra=spectra,
-        plans=plans(settings.ddpm_num_steps, len(settings.sizes)),
-    )
+    named = plans(settings.ddpm_num_steps, len(settings.sizes))
+    return PyramidalPipeline(network, scheduler, plans=named)
 
 
 def plans(train_steps: int = 1000, levels: int = 3) -> dict[str, dict]:

@@ -13,7 +13,8 @@ from pyrdiff.data import replacing
 from pyrdiff.metrics import bootstrap_interval
 from pyrdiff.metrics.distribution import KernelReference
 
-CLIP = {"thresholding": True, "sample_max_value": 1.0}
+from .clipping import CLIP
+
 SDE = ["DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", **CLIP}]
 ODE = ["DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", **CLIP}]
 # Times of a refined level by number of calls, as shares of the noise that it may start from.
