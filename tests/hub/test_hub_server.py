@@ -41,7 +41,7 @@ def client(hub: Hub, code: str, *arguments, **environment: str) -> list:
     """What the code said, run where the real client is `api`."""
     command = [sys.executable, "-c", f"{CLIENT}\n{code}", *map(str, arguments)]
     environment = {**hub.environment, **environment}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
