@@ -3,8 +3,6 @@
 import http.client
 import json
 import os
-import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -12,6 +10,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import warm
 from hub_server import Hub, hub_server
 
 REPO = "someone/model"
@@ -39,9 +38,8 @@ UPLOAD = "attempt(api.upload_folder, repo_id=repo, folder_path=sys.argv[1])"
 
 def client(hub: Hub, code: str, *arguments, **environment: str) -> list:
     """What the code said, run where the real client is `api`."""
-    command = [sys.executable, "-c", f"{CLIENT}\n{code}", *map(str, arguments)]
     environment = {**hub.environment, **environment}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    done = warm.run(f"{CLIENT}\n{code}", *arguments, without=[], env=environment)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
