@@ -7,8 +7,8 @@ from pyrdiff.plugins import Method
 from pyrdiff.training.settings import TrainingSettings
 
 CLIP = 100.0  # squared errors, in units of their expectation, beyond which the loss is flat
-SHORTEST = 0.01  # of the noise process: earlier times are left to the last step, whose result is the estimate itself
-ACTIVE = 0.05  # variance of its mean over the images from which a latent dimension says something
+SHORTEST = 0.01  # the earliest time that is trained, as a share of the process; a last step gives the estimate itself
+ACTIVE = 0.05  # a latent dimension is in use if its mean has at least this variance over the images
 RIDGE = 1e-3  # added to the diagonal of the prior's covariances
 NOISY = 0.25  # share of the autoencoder's inputs that are noisy, for restoring
 GRAY = 0.5  # the structure of a network that has none
@@ -107,11 +107,11 @@ def build_autoencoder(settings: PixelAwareSettings, channels: int):
 
 def build_unet(settings: PixelAwareSettings, channels: int):
     from pyrdiff.models import ParallelTrajectoryUNet2DModel
-    from pyrdiff.models.unet_parallel_trajectory import PRESETS, LiteralHead
+    from pyrdiff.models.unet_parallel_trajectory import LiteralHead
 
     overrides = squares(settings)
     if settings.encoder_channels is not None:
-        levels = PRESETS[settings.preset].get("attention_levels", ())
+        levels = ParallelTrajectoryUNet2DModel.presets[settings.preset].get("attention_levels", ())
         levels = tuple(level for level in levels if level < len(settings.encoder_channels))
         overrides |= {"encoder_channels": settings.encoder_channels, "decoder_channels": None}
         overrides["attention_levels"] = levels
@@ -173,15 +173,11 @@ def in_range(scheduler, images):
     return scheduler.to_range((images + 1) / 2)
 
 
-def some_images(scheduler, images, count: int, batch: int = 256):
+def some_images(scheduler, images, count: int):
     """Batches [B, C, H, W] in [epsilon, 1] of up to `count` training images, spread over all."""
-    import numpy as np
-    import torch
+    from pyrdiff.methods.images import spread_over
 
-    chosen = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
-    for start in range(0, len(chosen), batch):
-        pixels = torch.from_numpy(np.ascontiguousarray(images.arrays[-1][chosen[start : start + batch]]))
-        yield in_range(scheduler, pixels.permute(0, 3, 1, 2).float() / 127.5 - 1)
+    return (in_range(scheduler, batch) for batch in spread_over(images, count, batch_size=256))
 
 
 # First: the autoencoder and its prior.
@@ -217,14 +213,14 @@ def network_config(network):
 
 
 def finish_autoencoder(settings: PixelAwareSettings, network, images) -> None:
-    """What is not learned by gradients: how far images are from their structures, and the prior."""
+    """Measures what gradients do not learn: how far images are from their structures, and the prior."""
     if settings.mode == "structure":
         network.register_to_config(residual_std=measure_residual(settings, images, network))
     fit_prior(settings, network, images)
 
 
 def fit_prior(settings: PixelAwareSettings, network, images) -> None:
-    """Fits a Gaussian mixture to the codes of the training images, on the latent dimensions that say something."""
+    """Fits a Gaussian mixture to the codes of the training images, on the latent dimensions in use."""
     import numpy as np
     import torch
     from sklearn.mixture import GaussianMixture
@@ -235,13 +231,13 @@ def fit_prior(settings: PixelAwareSettings, network, images) -> None:
     generator = torch.Generator().manual_seed(settings.seed)
     with torch.no_grad():
         for clean in some_images(scheduler, images, settings.prior_images):
-            mean, log_variance = (part.float().cpu() for part in network.encode(clean.to(network.device)))
+            mean, log_variance = (moment.float().cpu() for moment in network.encode(clean.to(network.device)))
             means.append(mean)
             codes.append(network.sample_latents(mean, log_variance, generator))
     active = torch.nonzero(torch.cat(means).var(0) > ACTIVE).flatten()
     if len(active) < 1:
         raise ValueError(
-            f"recon_std={settings.recon_std}: the autoencoder uses none of its latents after this training; expected "
+            f"recon_std={settings.recon_std}: after this training the autoencoder uses none of its latents; expected "
             "another output_dir with more autoencoder_steps or minutes, a smaller recon_std or prior='normal'"
         )
     codes = torch.cat(codes)[:, active].double().numpy()
@@ -263,24 +259,29 @@ def fit_prior(settings: PixelAwareSettings, network, images) -> None:
 def preview_autoencoder(settings: PixelAwareSettings, network, images, path) -> dict[str, float]:
     """Rows of images and their structures, clean and from the middle of the noise process."""
     import torch
-    from diffusers import DiffusionPipeline
 
     from pyrdiff.training.previews import save_grid
 
     scheduler = build_process(settings)
     clean = next(some_images(scheduler, images, settings.eval_batch_size)).to(network.device)
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(settings.seed)).to(clean)
-    middle, rows, values = len(scheduler) // 2, [clean], {}
+    rows, values = [clean], {}
     with torch.no_grad():
-        for timestep in (0, middle):
+        for timestep in (0, len(scheduler) // 2):
             noisy = scheduler.add_noise(clean, noise, timestep) if timestep else clean
-            found = network(noisy, timestep).structure.float()
+            structure = network(noisy, timestep).structure.float()
             target = scheduler.image_scale(clean) if settings.mode == "paper" else clean
-            values[f"error_{timestep}"] = (found - target).square().mean().sqrt().item()
-            rows.append(found)
-    pictures = [scheduler.from_range(row).clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy() for row in rows]
-    save_grid([DiffusionPipeline.numpy_to_pil(row) for row in pictures], path)
+            values[f"error_{timestep}"] = (structure - target).square().mean().sqrt().item()
+            rows.append(structure)
+    save_grid([in_pictures(scheduler, row) for row in rows], path)
     return values
+
+
+def in_pictures(scheduler, images):
+    """Images [B, C, H, W] in [epsilon, 1] as Pillow images."""
+    from pyrdiff.methods.images import as_pictures
+
+    return as_pictures(scheduler.from_range(images).clamp(0, 1))
 
 
 def first(settings: PixelAwareSettings) -> tuple[Method, PixelAwareSettings] | None:
@@ -337,28 +338,20 @@ def structure_of(autoencoder, clean, noise):
     if autoencoder is None:
         return torch.full_like(clean, GRAY)
     with torch.no_grad():
-        mean, log_variance = (part.float() for part in autoencoder.encode(clean))
+        mean, log_variance = (moment.float() for moment in autoencoder.encode(clean))
         latents = mean + (log_variance / 2).exp() * noise.to(mean.device)
         return autoencoder.decode(latents).float()
 
 
 def loss(network, scheduler, settings: PixelAwareSettings, batch, draws, given=None):
     """
-    Mode "structure": the error of the preconditioned clean estimate at a time between steps, and for heads other than
-    "tied" that of their noises. Mode "paper": eq. 15, with the image scale that the autoencoder estimates.
+    Mode "structure": the error of the preconditioned clean estimate at a time between steps, and for the head "literal"
+    that of its noises. Mode "paper": eq. 15, with the image scale that the autoencoder estimates.
     """
-    import torch
-
     clean, total = in_range(scheduler, batch.images), len(scheduler)
     noise = draws.normal(*clean.shape)
     if settings.mode == "paper":
-        timesteps = 1 + draws.integers(total, len(clean))
-        noisy = scheduler.add_noise(clean, noise, timesteps)
-        with torch.no_grad():
-            scale = given(noisy, timesteps).structure.float()
-        steps = head_steps(settings, total, draws)
-        output = network(noisy, timesteps, structure=scale, steps=steps)
-        return head_loss(scheduler, output.noises, noisy, clean, timesteps, steps, None)
+        return paper_loss(network, scheduler, settings, clean, noise, draws, given)
     codes = None if given is None else draws.normal(len(clean), given.config.latent_dim)
     structure = structure_of(given, clean, codes)
     timesteps = total * (SHORTEST + (1 - SHORTEST) * draws.uniform(len(clean)))
@@ -373,6 +366,19 @@ def loss(network, scheduler, settings: PixelAwareSettings, batch, draws, given=N
     return value
 
 
+def paper_loss(network, scheduler, settings: PixelAwareSettings, clean, noise, draws, given):
+    """Eq. 15 at whole steps, for images [B, C, H, W] in [epsilon, 1]."""
+    import torch
+
+    timesteps = 1 + draws.integers(len(scheduler), len(clean))
+    noisy = scheduler.add_noise(clean, noise, timesteps)
+    with torch.no_grad():
+        scale = given(noisy, timesteps).structure.float()
+    steps = head_steps(settings, len(scheduler), draws)
+    output = network(noisy, timesteps, structure=scale, steps=steps)
+    return head_loss(scheduler, output.noises, noisy, clean, timesteps, steps, None)
+
+
 def head_steps(settings: PixelAwareSettings, total: int, draws) -> list[int]:
     """Different steps j, the same in every process."""
     count = min(settings.head_steps, total)
@@ -381,9 +387,9 @@ def head_steps(settings: PixelAwareSettings, total: int, draws) -> list[int]:
 
 def head_loss(scheduler, noises, noisy, clean, timesteps, steps, structure):
     """
-    Eq. 15 with the noise at j replaced by its expectation given the sample and the image: the same minimiser and the
-    same expected gradient, with less variance, and no path needs to be drawn. Twice the mean over all steps, since
-    about half of them are masked (j > i).
+    Eq. 15 with the noise at j replaced by its expectation given the sample and the image. The minimiser and the
+    expected gradient are the same, the variance is smaller, and no path needs to be drawn. It is twice the mean over
+    all steps, since about half of them are masked (j > i).
     """
     target = scheduler.tied_noise(noisy, clean, timesteps, steps, structure)
     kept = timesteps[None] >= timesteps.new_tensor(steps)[:, None]
@@ -398,34 +404,37 @@ def build_pipeline(settings: PixelAwareSettings, network, scheduler, images, giv
 
 def preview(settings: PixelAwareSettings, pipeline, images, path, given=None) -> dict[str, float]:
     """Rows of structures and of samples by 1, 2, 4 and 8 passes; in mode "paper" what algorithm 1 makes of images."""
-    import torch
-
+    from pyrdiff.methods.images import generators
     from pyrdiff.training.previews import save_grid
 
+    count = settings.eval_batch_size
     pipeline.set_progress_bar_config(disable=True)
-    count, scheduler = settings.eval_batch_size, pipeline.scheduler
-
-    def generators():
-        return [torch.Generator().manual_seed(settings.seed + index) for index in range(count)]
-
     if settings.mode == "paper":
-        clean = next(some_images(scheduler, images, count))
-        count = len(clean)
-        rows, noise = [clean], torch.randn(clean.shape, generator=generators()[0])
-        for timestep in (max(1, len(scheduler) // 10), len(scheduler)):
-            noisy = scheduler.add_noise(clean, noise, timestep)
-            output = pipeline(image=noisy, timestep=timestep, generator=generators(), output_type="latent")
-            rows += [output.structure.cpu(), output.images.cpu()]
-        pictures = [scheduler.from_range(row).clamp(0, 1).permute(0, 2, 3, 1).numpy() for row in rows]
-        rows = [pipeline.numpy_to_pil(row) for row in pictures]
+        rows = _paper_rows(settings, pipeline, next(some_images(pipeline.scheduler, images, count)))
     else:
-        numbers = [passes for passes in (1, 2, 4, 8) if passes <= len(scheduler)]
-        outputs = [pipeline(count, num_passes=passes, generator=generators()) for passes in numbers]
+        numbers = [passes for passes in (1, 2, 4, 8) if passes <= len(pipeline.scheduler)]
+        outputs = [pipeline(count, num_passes=n, generator=generators(settings.seed, count)) for n in numbers]
         rows = [output.images for output in outputs]
         rows = [outputs[0].structure, *rows] if settings.use_structure else rows
     pipeline.set_progress_bar_config(disable=False)
     save_grid(rows, path)
     return {}
+
+
+def _paper_rows(settings: PixelAwareSettings, pipeline, clean) -> list[list]:
+    """The images, and the estimated structures and results of algorithm 1 from T / 10 and from T."""
+    import torch
+
+    from pyrdiff.methods.images import generators
+
+    scheduler, rows = pipeline.scheduler, [clean]
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(settings.seed))
+    for timestep in (max(1, len(scheduler) // 10), len(scheduler)):
+        noisy = scheduler.add_noise(clean, noise, timestep)
+        seeded = generators(settings.seed, len(clean))
+        output = pipeline(image=noisy, timestep=timestep, generator=seeded, output_type="latent")
+        rows += [output.structure.cpu(), output.images.cpu()]
+    return [in_pictures(scheduler, row) for row in rows]
 
 
 def classes() -> tuple[type, ...]:

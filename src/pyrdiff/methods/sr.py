@@ -89,18 +89,11 @@ class SuperResolutionSettings(TrainingSettings):
 
 def build_model(settings: SuperResolutionSettings, channels: int):
     from pyrdiff.models import ResidualSRUNet2DModel
-    from pyrdiff.models.unet_residual_sr import PRESETS
 
     overrides = {}
     if settings.block_out_channels is not None:
+        _check_channels(settings.block_out_channels, ResidualSRUNet2DModel.presets[settings.preset])
         overrides["block_out_channels"] = settings.block_out_channels
-        groups = PRESETS[settings.preset].get("norm_num_groups", 32)
-        if len(settings.block_out_channels) < 2 or any(
-            n < 32 or n % groups or n % 32 for n in overrides["block_out_channels"]
-        ):
-            raise ValueError(
-                f"block_out_channels={settings.block_out_channels}: expected 2 levels or more, all multiples of 32"
-            )
     height, width = settings.window
     network = ResidualSRUNet2DModel.from_preset(
         settings.preset,
@@ -116,10 +109,17 @@ def build_model(settings: SuperResolutionSettings, channels: int):
     multiple = 2 ** (len(network.config.block_out_channels) - 1)
     if height % multiple or width % multiple:
         raise ValueError(
-            f"resolution and patch_size: {height}x{width} is trained on; expected multiples of {multiple} for "
-            f"preset={settings.preset!r}"
+            f"resolution={settings.resolution}, patch_size={settings.patch_size}: {height}x{width} is trained on, "
+            f"expected multiples of {multiple} for preset={settings.preset!r}"
         )
     return network
+
+
+def _check_channels(channels: tuple[int, ...], preset: dict) -> None:
+    """Attention has heads of 32 channels, and norms have the preset's groups."""
+    groups = preset.get("norm_num_groups", 32)
+    if len(channels) < 2 or any(width < 32 or width % groups or width % 32 for width in channels):
+        raise ValueError(f"block_out_channels={channels}: expected 2 levels or more, all multiples of 32")
 
 
 def build_scheduler(settings: SuperResolutionSettings, images):
@@ -143,18 +143,14 @@ def build_scheduler(settings: SuperResolutionSettings, images):
 
 def fit_residual_scale(settings: SuperResolutionSettings, images, count: int = 4096) -> float:
     """1 / standard deviation of the residual, from up to `count` images spread over all, to 4 digits."""
-    import numpy as np
     import torch
 
+    from pyrdiff.methods.images import spread_over
     from pyrdiff.schedulers import CosineResidualScheduler
     from pyrdiff.training.losses import Draws
 
-    chosen = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
-
     def residuals():
-        for number, start in enumerate(range(0, len(chosen), 16)):
-            pixels = torch.from_numpy(np.ascontiguousarray(images.arrays[-1][chosen[start : start + 16]]))
-            high = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        for number, high in enumerate(spread_over(images, count, batch_size=16)):
             for factor in settings.scale_factor:
                 high = high[..., : high.shape[-2] // factor * factor, : high.shape[-1] // factor * factor]
                 yield high - pair(settings, high, factor, Draws(settings.seed, number, device=torch.device("cpu")))
@@ -163,7 +159,7 @@ def fit_residual_scale(settings: SuperResolutionSettings, images, count: int = 4
 
 
 def pair(settings: SuperResolutionSettings, high, factor: int, draws):
-    """What the network sees of images [B, C, H, W] in [-1, 1]: made smaller by the factor, and enlarged again."""
+    """What the network sees of images [B, C, H, W] in [-1, 1]: they are made smaller by the factor, then enlarged."""
     from pyrdiff.data import degrade
     from pyrdiff.pipelines import ResidualSRPipeline
 
@@ -190,11 +186,9 @@ def loss(network, scheduler, settings: SuperResolutionSettings, batch, draws):
 
     output = network(noisy, level, upsampled, return_dict=False)[0].float()
     prediction = output[:, : high.shape[1]]
-    target = {
-        "epsilon": lambda: noise,
-        "v_prediction": lambda: scheduler.get_velocity(clean, noise, noise_level=level),
-        "sample": lambda: clean,
-    }[settings.prediction_type]()
+    target = {"epsilon": noise, "sample": clean}.get(settings.prediction_type)
+    if target is None:
+        target = scheduler.get_velocity(clean, noise, noise_level=level)
     simple = (F.l1_loss if settings.loss_type == "l1" else F.mse_loss)(prediction, target)
     if not learned:
         return simple
@@ -207,7 +201,7 @@ def loss(network, scheduler, settings: SuperResolutionSettings, batch, draws):
 def build_pipeline(settings: SuperResolutionSettings, network, scheduler, images):
     from pyrdiff.pipelines import ResidualSRPipeline
 
-    if settings.save_images_steps:  # now, and not when the first picture is due
+    if settings.save_images_steps:  # so that what is missing for the pictures is found now, not at the first picture
         some = validation_images(settings, images)[:1] / 2 + 0.5
         similarity(settings, some, some)
     return ResidualSRPipeline(network, scheduler, plans=plans(settings))
@@ -215,18 +209,18 @@ def build_pipeline(settings: SuperResolutionSettings, network, scheduler, images
 
 def plans(settings: SuperResolutionSettings) -> dict[str, dict]:
     """
-    What a saved pipeline offers as `plan=`: 20 ancestral steps, and all of them; for a residual and a cosine schedule,
+    What a saved pipeline offers as `plan=`: 20 ancestral steps, and all of them. For a residual and a cosine schedule,
     on which they were measured, also 8 and 4 calls that lose nothing against those (benchmarks/README.md).
     """
     steps = settings.ddpm_num_steps
-    found = {"default": {"num_inference_steps": min(20, steps)}, "paper": {"num_inference_steps": steps}}
+    offered = {"default": {"num_inference_steps": min(20, steps)}, "paper": {"num_inference_steps": steps}}
     if settings.beta_schedule == "cosine" and settings.prediction_target == "residual" and steps >= 50:
         solver = ["DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}]
         # Most of the calls at high noise, as benchmarks/few_steps.py found: 0.96 ((n - k) / n) ** power of the process.
         for name, calls, power in (("balanced", 8, 0.35), ("fast", 4, 0.5)):
             times = [round(0.96 * steps * ((calls - k) / calls) ** power) - 1 for k in range(calls)]
-            found[name] = {"spacing": times, "scheduler": solver}
-    return found
+            offered[name] = {"spacing": times, "scheduler": solver}
+    return offered
 
 
 def preview(settings: SuperResolutionSettings, pipeline, images, path) -> dict[str, float]:
@@ -235,6 +229,7 @@ def preview(settings: SuperResolutionSettings, pipeline, images, path) -> dict[s
     from PIL import Image
 
     from pyrdiff.data import degrade
+    from pyrdiff.methods.images import as_pictures, generators
     from pyrdiff.metrics import consistency
     from pyrdiff.training.losses import Draws
     from pyrdiff.training.previews import save_grid
@@ -244,20 +239,20 @@ def preview(settings: SuperResolutionSettings, pipeline, images, path) -> dict[s
     low = degrade(high, factor, settings.degradation, Draws(settings.seed, device=torch.device("cpu"))) / 2 + 0.5
     high = high / 2 + 0.5
     pipeline.set_progress_bar_config(disable=True)
-    generators = [torch.Generator().manual_seed(settings.seed + index) for index in range(len(high))]
-    output = pipeline(low, scale_factor=factor, generator=generators, output_type="pt").images.cpu()
+    seeded = generators(settings.seed, len(high))
+    output = pipeline(low, scale_factor=factor, generator=seeded, output_type="pt").images.cpu()
     pipeline.set_progress_bar_config(disable=False)
     bicubic = pipeline.upsample(low, high.shape[-2:]).clamp(0, 1)
 
     size = (high.shape[-1], high.shape[-2])
-    rows = [[picture.resize(size, Image.Resampling.NEAREST) for picture in pipeline.numpy_to_pil(channels_last(low))]]
-    rows += [pipeline.numpy_to_pil(channels_last(part)) for part in (bicubic, output, high)]
+    rows = [[picture.resize(size, Image.Resampling.NEAREST) for picture in as_pictures(low)]]
+    rows += [as_pictures(row) for row in (bicubic, output, high)]
     save_grid(rows, path)
 
     values = {}
-    for name, part in (("", output), ("bicubic_", bicubic)):
-        values |= {name + measure: value for measure, value in similarity(settings, part, high).items()}
-        values[f"{name}consistency"] = consistency(part, low, data_range=(0, 1)).value
+    for name, enlarged in (("", output), ("bicubic_", bicubic)):
+        values |= {name + measure: value for measure, value in similarity(settings, enlarged, high).items()}
+        values[f"{name}consistency"] = consistency(enlarged, low, data_range=(0, 1)).value
     return values
 
 
@@ -277,23 +272,17 @@ def similarity(settings: SuperResolutionSettings, images, originals) -> dict[str
     return values
 
 
-def channels_last(images):
-    return images.permute(0, 2, 3, 1).numpy()
-
-
 def validation_images(settings: SuperResolutionSettings, images):
     """`eval_batch_size` images [B, C, H, W] in [-1, 1] at the resolution, of the validation folder if there is one."""
-    import numpy as np
-    import torch
+    from pyrdiff.methods.images import as_tensor
 
     top, count = images.arrays[-1], settings.eval_batch_size
     if settings.validation_data_dir is not None:
         how = (settings.image_channels, tuple(settings.background), settings.on_bad_image)
         top = _validation_array(settings.validation_data_dir, settings.sizes[0], count, *how)
-    pixels = torch.from_numpy(np.ascontiguousarray(top[:count])).permute(0, 3, 1, 2)
     factor = max(settings.scale_factor)
-    height, width = (side // factor * factor for side in pixels.shape[-2:])
-    return pixels[..., :height, :width].float() / 127.5 - 1
+    height, width = (side // factor * factor for side in top.shape[1:3])
+    return as_tensor(top[:count, :height, :width])
 
 
 @lru_cache(maxsize=1)
