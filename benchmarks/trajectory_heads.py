@@ -25,7 +25,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from pyrdiff import ParallelTrajectoryUNet2DModel, PixelAwareScheduler, ScaleAutoencoder
-from pyrdiff.models.unet_parallel_trajectory import TIME_CHANNELS, TIME_SCALE, StepConv
+from pyrdiff.models.unet_parallel_trajectory import TIME_CHANNELS, TIME_SCALE
+from pyrdiff.parts.step_layers import StepConv
 
 PRESETS = {"paper-cifar10": (32, 30.3, 41.2), "paper-celeba": (128, 61.3, 84.2)}  # side; the paper's millions
 

@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,10 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 
+from pyrdiff.parts.batch import beside
+from pyrdiff.parts.settings import check_choices, check_positive, check_whole
 from pyrdiff.parts.sources import KeepsSource
+from pyrdiff.parts.timesteps import chosen_timesteps
 
 
 @dataclass
@@ -30,28 +33,50 @@ class CosineResidualSchedulerOutput(BaseOutput):
     pred_original_sample: torch.Tensor | None = None
 
 
+class ReverseStep(NamedTuple):
+    """
+    The numbers of one reverse step. gamma and gamma' are those of its timestep and of the next one (1 after the last
+    step), and alpha = gamma / gamma'.
+    """
+
+    prev_timestep: int  # -1 after the last step
+    signal: float  # sqrt(gamma)
+    noise: float  # sqrt(1 - gamma)
+    prev_signal: float  # sqrt(gamma')
+    prev_noise_power: float  # 1 - gamma'
+    clean_weight: float  # of the clean estimate in the mean, eq. 4
+    sample_weight: float  # of the sample in the mean, eq. 4
+    small_spread: float  # sqrt(beta~), eq. 5
+    large_spread: float  # sqrt(beta) = sqrt(1 - alpha), eq. 7
+
+
 class CosineResidualScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
     """
-    Diffusion of what a low-resolution image lacks (paper S; gamma_t there is `alphas_cumprod[t]` here, and its step t
-    is timestep t - 1). Where the settings coincide, steps are those of diffusers' `DDPMScheduler` and `DDIMScheduler`,
-    but for one: after the last step no noise is left, also where it is not timestep 0. `from_config(scheduler.config)`
-    of a solver of diffusers has the same alphas_cumprod.
+    Diffusion of what a low-resolution image lacks (paper S). The paper's gamma_t is `alphas_cumprod[t]` here, and its
+    step t is timestep t - 1.
+
+    Where the settings coincide, steps are those of diffusers' `DDPMScheduler` and `DDIMScheduler`, with one exception:
+    no noise is left after the last step, even if it is not at timestep 0. A solver of diffusers that is made by
+    `from_config(scheduler.config)` has the same alphas_cumprod.
 
     Args:
         num_train_timesteps: Steps of the noise process (paper: 500; SR3: 2000).
-        beta_schedule: "cosine" (section 5.2; diffusers' "squaredcos_cap_v2", the name that the config keeps, since
-            diffusers' solvers read it) or "linear".
-        prediction_target: What the diffusion runs on: the "residual" (eq. 9) or the "image" (SR3).
-        prediction_type: What the network predicts of it: "epsilon" (eq. 6), "sample" or "v_prediction".
-        variance_type: Of the noise of an ancestral step: beta_t ("fixed_large", eq. 7), beta~_t ("fixed_small", eq. 5),
-            or between the two as the network says ("learned_range", section 5.3: the second half of its channels).
-        residual_scale: The residual is multiplied by this before it is diffused: 1 / std of the training residuals (see
-            `fit_residual_scale`); 1 is the paper's.
+        beta_schedule: "cosine" (section 5.2) or "linear". The config calls the first one "squaredcos_cap_v2", since
+            diffusers' solvers read it by this name.
+        prediction_target: The diffusion runs on the "residual" (eq. 9) or on the "image" (SR3).
+        prediction_type: The network predicts the noise ("epsilon", eq. 6), the clean "sample" or "v_prediction".
+        variance_type: The variance of an ancestral step's noise: beta_t ("fixed_large", eq. 7), beta~_t ("fixed_small",
+            eq. 5), or one between them that the second half of the network's channels says ("learned_range", 5.3).
+        residual_scale: Factor on the residual before it is diffused, 1 in the paper. The trainer fits it to 1 / std of
+            the training residuals (see `fit_residual_scale`).
         beta_start, beta_end: Ends of the linear schedule (SR3's public code: 1e-6 and 1e-2 at 2000 steps).
-        trained_betas: Betas in (0, 1) to use instead; their number is then `num_train_timesteps`.
+        trained_betas: Betas in (0, 1) to use instead. Their number is then `num_train_timesteps`.
         timestep_spacing: How fewer steps are placed: "linspace", "leading" or "trailing", as in `DDPMScheduler`.
-        clip_sample: Whether a step clips its clean estimate to +-`clip_sample_range`, in the units of what is diffused:
-            1 bounds every image, 2 * `residual_scale` every residual.
+        clip_sample: True if a step clips its clean estimate to +-`clip_sample_range`.
+        clip_sample_range: In the units of what is diffused: 1 bounds every image, 2 * `residual_scale` every residual.
+
+    Raises:
+        ValueError: for a setting out of range.
 
     Example:
         >>> scheduler = CosineResidualScheduler(residual_scale=8.0)
@@ -87,30 +112,14 @@ class CosineResidualScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
         clip_sample: bool = False,
         clip_sample_range: float = 1.0,
     ):
-        for name, choices in self.CHOICES.items():
-            if self.config[name] not in choices:
-                raise ValueError(f"{name}={self.config[name]!r}: expected one of {choices}")
-        if not (0 < residual_scale < math.inf):
-            raise ValueError(f"residual_scale={residual_scale}: expected a finite number above 0")
+        check_choices(self.config, self.CHOICES)
+        check_positive(self.config, "residual_scale", "clip_sample_range")
         if prediction_target == "image" and residual_scale != 1:
             raise ValueError(f"residual_scale={residual_scale} with prediction_target='image': expected 1")
-        if not (0 < clip_sample_range < math.inf):
-            raise ValueError(f"clip_sample_range={clip_sample_range}: expected a finite number above 0")
-        if trained_betas is not None:
-            self.betas = torch.as_tensor(np.asarray(trained_betas, dtype=np.float32))
-            if self.betas.ndim != 1 or not len(self.betas) or not ((self.betas > 0) & (self.betas < 1)).all():
-                raise ValueError(f"trained_betas={trained_betas}: expected a list of numbers in (0, 1)")
-        elif not self._is_count(num_train_timesteps):
-            raise ValueError(f"num_train_timesteps={num_train_timesteps!r}: expected a whole number from 1 up")
-        elif beta_schedule == "linear":
-            if not 0 < beta_start <= beta_end < 1:
-                raise ValueError(f"beta_start={beta_start}, beta_end={beta_end}: expected 0 < start <= end < 1")
-            self.betas = torch.linspace(beta_start, beta_end, num_train_timesteps, dtype=torch.float32)
-        else:
-            self.betas = betas_for_alpha_bar(num_train_timesteps)
-        # Solvers of diffusers are made from this config, so it says the noise process in diffusers' words and counts
-        # no setting as a default that another class may replace by its own (1000 steps, clipping, steps that begin at
-        # the last timestep, where a cosine schedule leaves no signal for a noise prediction to say anything of).
+        self.betas = self._betas()
+        # Solvers of diffusers are made from this config, so it names the noise process as diffusers does. No setting
+        # counts as a default: a solver would replace it by its own default, such as 1000 steps, clipping, or a first
+        # step at the last timestep, where a cosine schedule leaves no signal.
         self.register_to_config(
             num_train_timesteps=len(self.betas),
             beta_schedule="linear" if beta_schedule == "linear" else "squaredcos_cap_v2",
@@ -121,14 +130,27 @@ class CosineResidualScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
         self.init_noise_sigma = 1.0
         self.num_inference_steps = None
         self.timesteps = torch.arange(len(self.betas) - 1, -1, -1)
-        self._steps: dict[int, tuple] | None = None
+        self._steps: dict[int, ReverseStep] | None = None
+
+    def _betas(self) -> torch.Tensor:
+        """Noise variances of the single steps, float32 [T]."""
+        config = self.config
+        if config.trained_betas is not None:
+            betas = torch.as_tensor(np.asarray(config.trained_betas, dtype=np.float32))
+            if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1)).all():
+                raise ValueError(f"trained_betas={config.trained_betas}: expected a list of numbers in (0, 1)")
+            return betas
+        check_whole(config, "num_train_timesteps")
+        if config.beta_schedule != "linear":
+            return betas_for_alpha_bar(config.num_train_timesteps)
+        if not 0 < config.beta_start <= config.beta_end < 1:
+            raise ValueError(
+                f"beta_start={config.beta_start}, beta_end={config.beta_end}: expected 0 < start <= end < 1"
+            )
+        return torch.linspace(config.beta_start, config.beta_end, config.num_train_timesteps, dtype=torch.float32)
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
-
-    @staticmethod
-    def _is_count(value) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
     @classmethod
     def _get_compatibles(cls) -> list[type]:
@@ -140,16 +162,16 @@ class CosineResidualScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
 
     def residual(self, high: torch.Tensor, upsampled: torch.Tensor) -> torch.Tensor:
         """
-        What is diffused, of images `high` [B, C, H, W] in [-1, 1] and their enlarged low-resolution images, of the same
-        shape and range: the residual of eq. 9 times `residual_scale`; for `prediction_target="image"`, `high` itself.
+        What is diffused of images `high` [B, C, H, W] in [-1, 1], given their enlarged low-resolution images of the
+        same shape and range: the residual of eq. 9 times `residual_scale`, or `high` if `prediction_target="image"`.
         """
         self._check_pair("high", high, upsampled)
         return high if self.config.prediction_target == "image" else (high - upsampled) * self.config.residual_scale
 
     def compose(self, residual: torch.Tensor, upsampled: torch.Tensor) -> torch.Tensor:
         """
-        Eq. 9: images [B, C, H, W], in [-1, 1] up to the network's error (not clipped). Undoes `residual` but for four
-        roundings, at most 7 eps / 2 for images in [-1, 1]: 4.2e-7 in float32, 0.03 in bfloat16.
+        The images [B, C, H, W] of eq. 9, in [-1, 1] up to the network's error, not clipped. Undoes `residual` up to
+        four roundings, for images in [-1, 1] at most 7 eps / 2: 4.2e-7 in float32, 0.03 in bfloat16.
         """
         self._check_pair("residual", residual, upsampled)
         if self.config.prediction_target == "image":
@@ -163,7 +185,7 @@ class CosineResidualScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
 
     @staticmethod
     def fit_residual_scale(residuals: Iterable[torch.Tensor]) -> float:
-        """The `residual_scale` of unscaled residuals (high - upsampled, any shapes): 1 / std over all, in one pass."""
+        """The `residual_scale` for residuals high - upsampled of any shapes: 1 / std over all values, in one pass."""
         count, total, squares = 0, 0.0, 0.0
         for residual in residuals:
             values = residual.detach().double()
@@ -177,10 +199,11 @@ class CosineResidualScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
     # The forward process.
 
     def noise_level(self, timesteps: int | torch.Tensor) -> torch.Tensor:
-        """sqrt(gamma), float32, shaped as `timesteps` (-1 to T - 1; 1 at -1): what SR3's and SR4's network sees."""
+        """sqrt(gamma), which the networks of SR3 and SR4 see, float32, for timesteps of any shape from -1 to T - 1."""
         return self._gamma(timesteps).sqrt()
 
     def _gamma(self, timesteps: int | torch.Tensor) -> torch.Tensor:
+        """gamma, float32, shaped as `timesteps`, which are whole numbers from -1 to T - 1."""
         timesteps = torch.as_tensor(timesteps)
         if timesteps.device.type == "cpu" and not ((timesteps >= -1) & (timesteps < len(self))).all():
             raise ValueError(f"timesteps={timesteps.tolist()}: expected whole numbers from -1 to {len(self) - 1}")
@@ -189,7 +212,7 @@ class CosineResidualScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
         return self._gammas[timesteps.long() + 1]
 
     def sample_noise_level(self, timesteps: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Noise levels for training, float32 [B], each uniform between those of its timestep and the one before it."""
+        """Noise levels for training, float32 [B], each drawn between the level of its timestep and the one before."""
         low, high = self.noise_level(timesteps), self.noise_level(timesteps - 1)
         source = generator.device if generator is not None else low.device
         return low + (high - low) * torch.rand(low.shape, generator=generator, device=source).to(low.device)
@@ -202,8 +225,8 @@ class CosineResidualScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
         noise_level: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        Eq. 1, and eq. 2 with sqrt(1 - gamma) where the text has (1 - gamma): `original_samples` (residuals or images)
-        and `noise` [B, C, H, W], at `timesteps` or at a `noise_level` sqrt(gamma), either [B].
+        Adds `noise` to `original_samples`, residuals or images [B, C, H, W], at `timesteps` [B] or at a `noise_level`
+        sqrt(gamma) [B] (eq. 1, and eq. 2 with sqrt(1 - gamma) where the text has (1 - gamma)).
         """
         signal, sigma = self._signal_and_noise(original_samples, timesteps, noise_level)
         return signal * original_samples + sigma * noise
@@ -215,7 +238,7 @@ class CosineResidualScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
         timesteps: torch.Tensor | None = None,
         noise_level: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """What a "v_prediction" network predicts; arguments as those of `add_noise`, `sample` being the clean one."""
+        """What a "v_prediction" network predicts. Arguments as of `add_noise`; `sample` is the clean one."""
         signal, sigma = self._signal_and_noise(sample, timesteps, noise_level)
         return signal * noise - sigma * sample
 
@@ -229,13 +252,12 @@ class CosineResidualScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
         else:
             signal = torch.as_tensor(noise_level, dtype=torch.float32)
             sigma = ((1 - signal) * (1 + signal)).sqrt()  # no cancellation near 1
-        shape = (-1, *[1] * (sample.ndim - 1))
-        return tuple(part.to(sample.device, sample.dtype).reshape(shape) for part in (signal, sigma))
+        return tuple(beside(factor.to(sample.device, sample.dtype), sample) for factor in (signal, sigma))
 
     # The reverse process.
 
     def scale_model_input(self, sample: torch.Tensor, timestep: int | None = None) -> torch.Tensor:
-        """The sample as it is: schedulers that scale it are interchangeable with this one."""
+        """The sample as it is. The method is there because other schedulers scale it."""
         return sample
 
     def set_timesteps(
@@ -244,53 +266,54 @@ class CosineResidualScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> None:
-        """The steps to run: so many, placed by `timestep_spacing`, or at these descending `timesteps` in [0, T - 1]."""
-        total, spacing = len(self), self.config.timestep_spacing
-        if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError(
-                f"num_inference_steps={num_inference_steps}, timesteps={timesteps}: expected one of the two"
-            )
-        if timesteps is not None:
-            times = [int(time) for time in timesteps]
-            if times != list(timesteps) or not times or times != sorted(set(times), reverse=True):
-                raise ValueError(f"timesteps={list(timesteps)}: expected descending whole numbers")
-            if times[0] >= total or times[-1] < 0:
-                raise ValueError(f"timesteps={times}: expected numbers from {total - 1} to 0")
-        elif not self._is_count(num_inference_steps) or num_inference_steps > total:
-            raise ValueError(f"num_inference_steps={num_inference_steps!r}: expected a whole number from 1 to {total}")
-        elif spacing == "linspace":
-            times = np.linspace(0, total - 1, num_inference_steps).round()[::-1].astype(int).tolist()
-        elif spacing == "leading":
-            times = (np.arange(num_inference_steps)[::-1] * (total // num_inference_steps)).tolist()
-        else:
-            parts = np.arange(num_inference_steps) * (total / num_inference_steps)
-            times = ((total - parts).round().astype(int) - 1).tolist()
-        # Coefficients as Python numbers, so that a step waits for no GPU; in float32, as diffusers computes them, since
-        # 1 - gamma_t / gamma_prev cancels and float64 would not coincide with `DDPMScheduler` to 1e-6.
-        gamma = self.alphas_cumprod.cpu()[times]
-        gamma_prev = torch.cat([gamma[1:], torch.ones(1)])
-        alpha = gamma / gamma_prev
-        small = ((1 - gamma_prev) / (1 - gamma) * (1 - alpha)).clamp(min=1e-20)
-        columns = (
-            gamma**0.5,
-            (1 - gamma) ** 0.5,
-            gamma_prev**0.5,
-            1 - gamma_prev,
-            gamma_prev**0.5 * (1 - alpha) / (1 - gamma),  # eq. 4, of the clean estimate
-            alpha**0.5 * (1 - gamma_prev) / (1 - gamma),  # eq. 4, of the sample
-            small**0.5,  # the spread of eq. 5, sqrt(beta~)
-            (1 - alpha).clamp(min=1e-20) ** 0.5,  # and of eq. 7, sqrt(beta)
-        )
-        rows = zip(*(column.tolist() for column in columns), strict=True)
-        self._steps = dict(zip(times, zip([*times[1:], -1], rows, strict=True), strict=True))
+        """The steps to run: so many, placed by `timestep_spacing`, or these `timesteps`, descending to 0."""
+        times = chosen_timesteps(num_inference_steps, timesteps, 0, len(self) - 1)
+        times = self._spaced(num_inference_steps) if times is None else times
+        self._steps = dict(zip(times, self._reverse_steps(times), strict=True))
         self.num_inference_steps = len(times)
         self.timesteps = torch.tensor(times, device=device)
 
+    def _spaced(self, count: int) -> list[int]:
+        """So many timesteps, as `DDPMScheduler` places them."""
+        total, spacing = len(self), self.config.timestep_spacing
+        if spacing == "linspace":
+            times = np.linspace(0, total - 1, count).round()[::-1]
+        elif spacing == "leading":
+            times = np.arange(count)[::-1] * (total // count)
+        else:
+            times = (total - np.arange(count) * (total / count)).round() - 1
+        return times.astype(int).tolist()
+
+    def _reverse_steps(self, times: list[int]) -> list[ReverseStep]:
+        """
+        The numbers of the steps at these timesteps, as Python numbers, so that a step waits for no GPU. They are made
+        in float32 as in diffusers: 1 - gamma / gamma' cancels, and float64 would differ from `DDPMScheduler`.
+        """
+        gamma = self.alphas_cumprod.cpu()[times]
+        prev_gamma = torch.cat([gamma[1:], torch.ones(1)])
+        alpha = gamma / prev_gamma
+        small_variance = (1 - prev_gamma) / (1 - gamma) * (1 - alpha)
+        columns = {
+            "signal": gamma**0.5,
+            "noise": (1 - gamma) ** 0.5,
+            "prev_signal": prev_gamma**0.5,
+            "prev_noise_power": 1 - prev_gamma,
+            "clean_weight": prev_gamma**0.5 * (1 - alpha) / (1 - gamma),
+            "sample_weight": alpha**0.5 * (1 - prev_gamma) / (1 - gamma),
+            "small_spread": small_variance.clamp(min=1e-20) ** 0.5,
+            "large_spread": (1 - alpha).clamp(min=1e-20) ** 0.5,
+        }
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        return [
+            ReverseStep(prev_timestep, **dict(zip(columns, row, strict=True)))
+            for prev_timestep, row in zip([*times[1:], -1], rows, strict=True)
+        ]
+
     def previous_timestep(self, timestep: int) -> int:
         """The timestep that a step leads to (before `set_timesteps`: of the training process); -1 after the last."""
-        return int(timestep) - 1 if self._steps is None else self._step(timestep)[0]
+        return int(timestep) - 1 if self._steps is None else self._numbers(timestep).prev_timestep
 
-    def _step(self, timestep) -> tuple[int, tuple]:
+    def _numbers(self, timestep: int | torch.Tensor) -> ReverseStep:
         if self._steps is None:
             raise ValueError("timesteps are not set: expected a call of `set_timesteps` before `step`")
         if int(timestep) not in self._steps:
@@ -307,67 +330,74 @@ class CosineResidualScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> CosineResidualSchedulerOutput | tuple:
         """
-        One reverse step, in float32 or better; the results have the sample's dtype. Only a `timestep` that is itself
-        on a GPU is waited for.
+        One reverse step. It is computed in float32 or better, and the results have the sample's dtype. It waits for a
+        GPU only if `timestep` itself is on one.
 
         Args:
             model_output: [B, C, H, W]; for "learned_range" [B, 2C, H, W], the variance's place in [-1, 1] last.
             timestep: One of `timesteps`.
             sample: [B, C, H, W], what is diffused, at that timestep.
-            eta: `None` for an ancestral step (eq. 3 to 7); in [0, 1] for DDIM's (its eq. 12 and 16), deterministic at
-                0. Its noise is then a share of beta~, whatever `variance_type` is.
+            eta: None for an ancestral step (eq. 3 to 7). A number in [0, 1] for a step of DDIM (its eq. 12 and 16),
+                which is deterministic at 0. Its noise is a share of beta~, whatever `variance_type` is.
             generator: One, or one for each image.
-            return_dict: Whether to return an output object or the tuple (prev_sample, pred_original_sample).
+            return_dict: False for the tuple (prev_sample, pred_original_sample) instead of an output object.
+
+        Raises:
+            ValueError: for a timestep that is not run, `eta` out of range, or a shape that does not fit.
         """
-        prev_timestep, coefficients = self._step(timestep)
+        step = self._numbers(timestep)
         if eta is not None and not 0 <= eta <= 1:
             raise ValueError(f"eta={eta}: expected None or a number in [0, 1]")
-        learned = self.config.variance_type == "learned_range"
-        expected = (len(sample), sample.shape[1] * (2 if learned else 1), *sample.shape[2:])
+        self._check_output(model_output, sample)
+        dtype, work = sample.dtype, torch.promote_types(sample.dtype, torch.float32)
+        sample, model_output = sample.to(work), model_output.to(work)
+        prediction, variance_place = model_output[:, : sample.shape[1]], model_output[:, sample.shape[1] :]
+
+        # 1. The clean estimate and the noise that the prediction stands for: eq. 2 solved for them.
+        if self.config.prediction_type == "epsilon":
+            clean, noise = (sample - step.noise * prediction) / step.signal, prediction
+        elif self.config.prediction_type == "sample":
+            clean, noise = prediction, (sample - step.signal * prediction) / step.noise
+        else:
+            clean = step.signal * sample - step.noise * prediction
+            noise = step.signal * prediction + step.noise * sample
+
+        # 2. Clip the clean estimate, if asked to.
+        if self.config.clip_sample:
+            clean = clean.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
+
+        # 3. The mean of the previous sample and its spread: eq. 4, or eq. 12 and 16 of DDIM.
+        if eta is None:
+            spread = self._spread(step, variance_place)
+            prev_sample = step.clean_weight * clean + step.sample_weight * sample
+        else:
+            spread = eta * step.small_spread
+            prev_sample = step.prev_signal * clean + max(step.prev_noise_power - spread**2, 0.0) ** 0.5 * noise
+
+        # 4. Noise (eq. 7), but not after the last step.
+        if step.prev_timestep >= 0 and eta != 0:
+            white = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=work)
+            prev_sample = prev_sample + spread * white
+
+        prev_sample, clean = prev_sample.to(dtype), clean.to(dtype)
+        if not return_dict:
+            return prev_sample, clean
+        return CosineResidualSchedulerOutput(prev_sample=prev_sample, pred_original_sample=clean)
+
+    def _spread(self, step: ReverseStep, variance_place: torch.Tensor) -> float | torch.Tensor:
+        """Standard deviation of an ancestral step: of eq. 5, of eq. 7, or between them in the logarithm (5.3)."""
+        if self.config.variance_type == "fixed_small":
+            return step.small_spread
+        if self.config.variance_type == "fixed_large":
+            return step.large_spread
+        share = (variance_place + 1) / 2
+        return (share * math.log(step.large_spread) + (1 - share) * math.log(step.small_spread)).exp()
+
+    def _check_output(self, model_output: torch.Tensor, sample: torch.Tensor) -> None:
+        channels = sample.shape[1] * (2 if self.config.variance_type == "learned_range" else 1)
+        expected = (len(sample), channels, *sample.shape[2:])
         if model_output.shape != expected:
             raise ValueError(
                 f"model_output has shape {tuple(model_output.shape)}: expected {expected} for a sample of shape "
                 f"{tuple(sample.shape)} and variance_type={self.config.variance_type!r}"
             )
-        dtype, work = sample.dtype, torch.promote_types(sample.dtype, torch.float32)
-        sample, (prediction, *fraction) = sample.to(work), model_output.to(work).split(sample.shape[1], dim=1)
-
-        # 1. The coefficients of this step (see `set_timesteps`).
-        signal, sigma, signal_prev, noise_share_prev, of_original, of_sample, small, large = coefficients
-
-        # 2. The clean estimate: eq. 2 solved for y_0.
-        if self.config.prediction_type == "epsilon":
-            original, noise = (sample - sigma * prediction) / signal, prediction
-        elif self.config.prediction_type == "sample":
-            original, noise = prediction, (sample - signal * prediction) / sigma
-        else:
-            original, noise = signal * sample - sigma * prediction, signal * prediction + sigma * sample
-
-        # 3. Clip it, if asked to.
-        if self.config.clip_sample:
-            original = original.clamp(-self.config.clip_sample_range, self.config.clip_sample_range)
-
-        # 4. The spread: a share of eq. 5's (DDIM, eq. 16), or between eq. 5's and eq. 7's in the logarithm, or either.
-        if eta is not None:
-            spread = eta * small
-        elif learned:
-            share = (fraction[0] + 1) / 2
-            spread = (share * math.log(large) + (1 - share) * math.log(small)).exp()
-        else:
-            spread = large if self.config.variance_type == "fixed_large" else small
-
-        # 5. The mean: eq. 4 with the estimate for y_0, or eq. 12 of DDIM.
-        if eta is None:
-            prev_sample = of_original * original + of_sample * sample
-        else:
-            prev_sample = signal_prev * original + max(noise_share_prev - spread**2, 0.0) ** 0.5 * noise
-
-        # 6. Noise, but not after the last step.
-        if prev_timestep >= 0 and eta != 0:
-            white = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=work)
-            prev_sample = prev_sample + spread * white
-
-        prev_sample, original = prev_sample.to(dtype), original.to(dtype)
-        if not return_dict:
-            return prev_sample, original
-        return CosineResidualSchedulerOutput(prev_sample=prev_sample, pred_original_sample=original)

@@ -11,9 +11,13 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
 
+from pyrdiff.parts.algorithm_1 import Algorithm1
+from pyrdiff.parts.batch import beside
+from pyrdiff.parts.settings import check_choices, check_positive, check_whole, is_whole
 from pyrdiff.parts.sources import KeepsSource
+from pyrdiff.parts.timesteps import chosen_timesteps
 
-logger = logging.get_logger(__name__)
+pixel_aware_logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -28,36 +32,39 @@ class PixelAwareSchedulerOutput(BaseOutput):
     pred_original_sample: torch.Tensor | None = None
 
 
-class PixelAwareScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
+class PixelAwareScheduler(KeepsSource, Algorithm1, SchedulerMixin, ConfigMixin):
     r"""
     Diffusion whose rate differs from pixel to pixel (paper X). Images are in [epsilon, 1] (see `to_range`). Timesteps
-    are the paper's: i = 0 is the clean image, i = T noise; between whole ones numbers are allowed.
+    are the paper's: i = 0 is the clean image and i = T is noise. Numbers between whole timesteps are allowed.
 
-    With a = the brightness that the rate follows, r = gamma * (a + floor) and u = i / T:
+    With the brightness a that the rate follows, r = gamma * (a + floor) and u = i / T:
 
         alpha_bar_i = exp(-r * u ** ramp_power)                                        (eq. 9: floor 0, ramp_power 1)
         x_i = sqrt(alpha_bar_i) * x_0 + sqrt(1 - alpha_bar_i) * noise                  (eq. 3)
 
-    `mode="structure"`: a is a *structure* that is known when sampling, too (a `ScaleAutoencoder` decodes it), so the
-    chain is an ordinary Gaussian one and the reverse step, in posterior form, is exact. `mode="paper"`: a is the image
-    itself, estimated when sampling, and algorithm 1 is integrated as printed (`step_paper`); that diverges, since what
-    it adds at every step is divided by sqrt(alpha_bar) in the end: the error's standard deviation at a pixel is about
-    exp(gamma * x_0 / 2).
+    With `mode="structure"`, a is a *structure* that a `ScaleAutoencoder` decodes, so it is known when sampling, too.
+    The chain is then an ordinary Gaussian one, and the reverse step, in posterior form, is exact. With `mode="paper"`,
+    a is the image itself, which must be estimated when sampling, and algorithm 1 is integrated as printed
+    (`step_paper`). This diverges: what a step adds is divided by sqrt(alpha_bar) in the end, so a pixel's error has a
+    standard deviation of about exp(gamma * x_0 / 2).
 
     Everything is computed in logarithms with `expm1`, so that float32 suffices for gamma up to 60.
 
     Args:
-        num_train_timesteps: T (paper: 200 at gamma 20, 500 at gamma 50).
+        num_train_timesteps: T (paper: 200 with gamma 20, 500 with gamma 50).
         gamma: The rate of a pixel of brightness 1 without floor.
-        floor: Added to the brightness, so that dark pixels become noise as well: gamma * floor from 2 up suffices. By
-            default 0.1, and 0, the paper's, in mode "paper".
-        ramp_power: 1 is the paper's, whose first step already has noise of 0.31 at brightness 1; 2 its appendix B. By
-            default 3, and 1 in mode "paper".
+        floor: Added to the brightness, so that dark pixels become noise as well; gamma * floor from 2 up suffices. The
+            default is 0.1, and 0 as in the paper in mode "paper".
+        ramp_power: The default is 3, and 1 as in the paper in mode "paper". With 1 the first step already has noise of
+            0.31 at brightness 1. 2 is the paper's appendix B.
         epsilon: The darkest value of an image.
-        eta: The share of a posterior step's noise that is fresh: 1 ancestral, 0 deterministic.
-        residual_std: RMS of image minus structure, for `precondition` and `prior_sample`; the trainer fits it.
-        mode: See above.
+        eta: The share of a posterior step's noise that is fresh: 1 for ancestral steps, 0 for deterministic ones.
+        residual_std: RMS of image minus structure, for `precondition` and `prior_sample`. The trainer measures it.
+        mode: "structure" or "paper", see above.
         schedule: "pixel", or "uniform" for the rate gamma / 2 at every pixel (an ablation).
+
+    Raises:
+        ValueError: for a setting out of range.
 
     Example:
         >>> scheduler = PixelAwareScheduler(num_train_timesteps=200, gamma=20.0)
@@ -70,9 +77,10 @@ class PixelAwareScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
 
     _compatibles = []
     order = 1
+    CHOICES = {"mode": ("structure", "paper"), "schedule": ("pixel", "uniform")}
     BY_MODE = {"structure": {"floor": 0.1, "ramp_power": 3.0}, "paper": {"floor": 0.0, "ramp_power": 1.0}}
     ENOUGH = 2.0  # gamma * floor from which x_T tells about 0.001 nats a pixel of the image, or less
-    MOST = 80.0  # exp of the largest rate is a float32
+    MOST = 80.0  # the largest rate: its exp is a float32
 
     @register_to_config
     def __init__(
@@ -87,39 +95,34 @@ class PixelAwareScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
         mode: Literal["structure", "paper"] = "structure",
         schedule: Literal["pixel", "uniform"] = "pixel",
     ):
-        if mode not in self.BY_MODE:
-            raise ValueError(f"mode={mode!r}: expected one of {tuple(self.BY_MODE)}")
-        if schedule not in ("pixel", "uniform"):
-            raise ValueError(f"schedule={schedule!r}: expected 'pixel' or 'uniform'")
+        check_choices(self.config, self.CHOICES)
         floor = self.BY_MODE[mode]["floor"] if floor is None else floor
         ramp_power = self.BY_MODE[mode]["ramp_power"] if ramp_power is None else ramp_power
-        whole = isinstance(num_train_timesteps, int) and not isinstance(num_train_timesteps, bool)
-        if not whole or num_train_timesteps < 1:
-            raise ValueError(f"num_train_timesteps={num_train_timesteps!r}: expected a whole number from 1 up")
+        # No setting counts as a default that `from_config` may replace by its own.
+        self.register_to_config(floor=floor, ramp_power=ramp_power, _use_default_values=[])
+        check_whole(self.config, "num_train_timesteps")
+        check_positive(self.config, "ramp_power", "residual_std")
         if not 0 <= floor < math.inf:
             raise ValueError(f"floor={floor}: expected a number from 0 up")
         if not 0 < gamma * (1 + floor) <= self.MOST:
             raise ValueError(f"gamma={gamma}, floor={floor}: expected gamma * (1 + floor) above 0, up to {self.MOST}")
-        if not 0 < ramp_power < math.inf:
-            raise ValueError(f"ramp_power={ramp_power}: expected a number above 0")
         if not 0 < epsilon < 1:
             raise ValueError(f"epsilon={epsilon}: expected a number between 0 and 1")
-        if not 0 < residual_std < math.inf:
-            raise ValueError(f"residual_std={residual_std}: expected a number above 0")
         self._check_eta(eta)
-        # No setting counts as a default that `from_config` may replace by its own.
-        self.register_to_config(floor=floor, ramp_power=ramp_power, _use_default_values=[])
         if mode == "structure" and schedule == "pixel" and gamma * floor < self.ENOUGH:
-            left = math.exp(-gamma * (epsilon + floor))
-            gap = self._gap(torch.tensor(epsilon, dtype=torch.float64), torch.tensor(left, dtype=torch.float64))
-            logger.warning(
-                f"gamma={gamma}, floor={floor}: dark pixels keep {left:.0%} of their variance at the last step, "
-                f"{gap.item():.3g} nats a pixel from N(0, I), so noise still shows the image; gamma * floor from "
-                f"{self.ENOUGH:g} up closes the gap (see `prior_gap_report`)"
-            )
+            self._warn_of_gap()
         self.init_noise_sigma = 1.0
         self.num_inference_steps = None
         self.timesteps = torch.arange(num_train_timesteps, 0, -1)
+
+    def _warn_of_gap(self) -> None:
+        gamma, floor, darkest = self.config.gamma, self.config.floor, torch.tensor(self.config.epsilon).double()
+        left = self.image_scale(darkest)
+        pixel_aware_logger.warning(
+            f"gamma={gamma}, floor={floor}: dark pixels keep {left.item():.0%} of their variance at the last step, "
+            f"{self._gap(darkest, left).item():.3g} nats a pixel from N(0, I), so the noise still shows the image; "
+            f"gamma * floor from {self.ENOUGH:g} up closes the gap (see `prior_gap_report`)"
+        )
 
     def __len__(self) -> int:
         return self.config.num_train_timesteps
@@ -136,11 +139,11 @@ class PixelAwareScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
     # Ranges.
 
     def to_range(self, images: torch.Tensor) -> torch.Tensor:
-        """Images in [0, 1], any shape, to [epsilon, 1]."""
+        """Maps images of any shape from [0, 1] to [epsilon, 1]."""
         return self.config.epsilon + (1 - self.config.epsilon) * images
 
     def from_range(self, images: torch.Tensor) -> torch.Tensor:
-        """Images in [epsilon, 1] to [0, 1]; not clipped."""
+        """Maps images of any shape from [epsilon, 1] to [0, 1]. Nothing is clipped."""
         return (images - self.config.epsilon) / (1 - self.config.epsilon)
 
     def check_images(self, name: str, images: torch.Tensor) -> None:
@@ -153,8 +156,8 @@ class PixelAwareScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
         slack = max(1e-6, self.config.epsilon * torch.finfo(images.dtype).eps)  # of epsilon itself in bfloat16
         if not (self.config.epsilon - slack <= lowest and highest <= 1 + slack):
             raise ValueError(
-                f"{name} has values from {lowest:.3g} to {highest:.3g}: expected [{self.config.epsilon:g}, 1]; of "
-                "images in [0, 1], `to_range` makes such"
+                f"{name} has values from {lowest:.3g} to {highest:.3g}: expected [{self.config.epsilon:g}, 1]; "
+                "`to_range` maps images in [0, 1] to it"
             )
 
     # The process: rates, and what follows from them.
@@ -166,7 +169,7 @@ class PixelAwareScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
         return self.config.gamma * (structure + self.config.floor)
 
     def image_scale(self, original: torch.Tensor) -> torch.Tensor:
-        """x_delta of an image (eq. 7), of the same shape: exp(-r), what is left of the signal's power at i = T."""
+        """x_delta of an image (eq. 7), of the same shape: exp(-r), the signal's power that is left at i = T."""
         return (-self.rate(original)).exp()
 
     def log_alpha_bar(self, rate: torch.Tensor, timestep: int | float | torch.Tensor) -> torch.Tensor:
@@ -179,10 +182,9 @@ class PixelAwareScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
             if timestep.device.type == "cpu":  # checking elsewhere would wait for a GPU
                 self._check_timestep(timestep.amin().item(), timestep.amax().item())
             u = timestep.to(like.device, torch.promote_types(like.dtype, torch.float32)) / len(self)
-            u = u.reshape(-1, *[1] * (like.ndim - 1)) if u.ndim else u
             if u.ndim and len(u) not in (1, len(like)):
                 raise ValueError(f"timestep has shape {tuple(timestep.shape)}: expected a number or ({len(like)},)")
-            return (u**self.config.ramp_power).to(like.dtype)
+            return ((beside(u, like) if u.ndim else u) ** self.config.ramp_power).to(like.dtype)
         self._check_timestep(timestep, timestep)
         return (timestep / len(self)) ** self.config.ramp_power
 
@@ -191,8 +193,15 @@ class PixelAwareScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
             value = lowest if lowest == highest else f"{lowest}..{highest}"
             raise ValueError(f"timestep={value}: expected numbers from 0 to {len(self)}")
 
+    def _signal_and_noise(
+        self, rate: torch.Tensor, timestep: int | float | torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """sqrt(alpha_bar_i) and sqrt(1 - alpha_bar_i), the factors of eq. 3, each shaped as the rate."""
+        log = self.log_alpha_bar(rate, timestep)
+        return (log / 2).exp(), (-torch.expm1(log)).sqrt()
+
     def _rate_of(self, structure: torch.Tensor | None, original: torch.Tensor) -> torch.Tensor:
-        """The rate of the structure, or where there is none of the image itself (eq. 9)."""
+        """The rate of the structure, or of the image itself if there is no structure (eq. 9)."""
         if structure is not None and structure.shape != original.shape:
             raise ValueError(f"structure has shape {tuple(structure.shape)}: expected {tuple(original.shape)}")
         return self.rate(original if structure is None else structure)
@@ -221,16 +230,16 @@ class PixelAwareScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
         structure: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        x_i of images [B, C, H, W] in [epsilon, 1] (eq. 3): `noise` of the same shape, timesteps a number or [B]. The
-        rate follows `structure`, by default the images themselves (eq. 9).
+        x_i of images [B, C, H, W] in [epsilon, 1] and `noise` of the same shape (eq. 3), at timesteps i, a number or
+        [B]. The rate follows `structure`, by default the images themselves (eq. 9).
 
         Raises:
             ValueError: for shapes that do not fit, timesteps beyond [0, T] or, on the CPU, values beyond [epsilon, 1].
         """
         if original_samples.device.type == "cpu":
             self.check_images("original_samples", original_samples)
-        log = self.log_alpha_bar(self._rate_of(structure, original_samples), timesteps)
-        return (log / 2).exp() * original_samples + (-torch.expm1(log)).sqrt() * noise
+        signal, sigma = self._signal_and_noise(self._rate_of(structure, original_samples), timesteps)
+        return signal * original_samples + sigma * noise
 
     def get_velocity(
         self,
@@ -239,9 +248,9 @@ class PixelAwareScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
         timesteps: int | float | torch.Tensor,
         structure: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """sqrt(alpha_bar) * noise - sqrt(1 - alpha_bar) * sample; arguments as of `add_noise`."""
-        log = self.log_alpha_bar(self._rate_of(structure, sample), timesteps)
-        return (log / 2).exp() * noise - (-torch.expm1(log)).sqrt() * sample
+        """sqrt(alpha_bar) * noise - sqrt(1 - alpha_bar) * sample. Arguments as of `add_noise`."""
+        signal, sigma = self._signal_and_noise(self._rate_of(structure, sample), timesteps)
+        return signal * noise - sigma * sample
 
     def sample_path(
         self,
@@ -251,8 +260,8 @@ class PixelAwareScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """
-        States of one chain at several timesteps, in law what stepping through all of them gives. The noise part of x_j
-        is sqrt(alpha_bar_j) times a Brownian motion at S_j = 1 / alpha_bar_j - 1, so only the timesteps asked for cost.
+        States of one chain at several timesteps, distributed as if all steps between them were taken. The noise part of
+        x_j is sqrt(alpha_bar_j) times a Brownian motion at S_j = 1 / alpha_bar_j - 1, so no other step is computed.
 
         Args:
             original: [B, C, H, W] in [epsilon, 1].
@@ -275,8 +284,8 @@ class PixelAwareScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
             increment = (rate * before).exp() * torch.expm1(rate * (ramp - before))
             motion = motion + increment.sqrt() * white
             noises.append(motion / torch.expm1(rate * ramp).sqrt())
-            log = -rate * ramp
-            samples.append((log / 2).exp() * original + (-torch.expm1(log)).sqrt() * noises[-1])
+            signal, sigma = self._signal_and_noise(rate, time)
+            samples.append(signal * original + sigma * noises[-1])
             before = ramp
         return torch.stack(samples), torch.stack(noises)
 
@@ -286,8 +295,10 @@ class PixelAwareScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
         self, sample: torch.Tensor, timestep: int | float | torch.Tensor, structure: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
-        EDM's preconditioning pixel by pixel, with the structure as the mean of the prior and `residual_std` as its
-        spread. With (input, skip, scale), each [B, C, H, W]: the clean estimate is skip + scale * network(input).
+        EDM's preconditioning pixel by pixel, for images of spread `residual_std` about their structure.
+
+        Returns:
+            (input, skip, scale), each [B, C, H, W]. The clean estimate is skip + scale * network(input).
         """
         log = self.log_alpha_bar(self._rate_of(structure, sample), timestep)
         signal, noise_power, power = (log / 2).exp(), -torch.expm1(log), self.config.residual_std**2
@@ -304,8 +315,8 @@ class PixelAwareScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
         structure: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The noise of eq. 3 in a sample [B, C, H, W], if `clean` is its image."""
-        log = self.log_alpha_bar(self._rate_of(structure, clean), timestep)
-        return (sample - (log / 2).exp() * clean) / (-torch.expm1(log)).sqrt()
+        signal, sigma = self._signal_and_noise(self._rate_of(structure, clean), timestep)
+        return (sample - signal * clean) / sigma
 
     def tied_noise(
         self,
@@ -316,18 +327,17 @@ class PixelAwareScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
         structure: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
-        Z^j for all steps j asked for, [len(steps), B, C, H, W]: the expected noises at j given a sample at timestep i
-        and its clean estimate, rho_ji times the noise at i; 0 for j > i (the mask of eq. 14). Needs no network.
+        Z^j for the steps j asked for, [len(steps), B, C, H, W]: the expected noises at j given a sample at timestep i
+        and its clean estimate. They are rho_ji times the noise at i, and 0 for j > i (the mask of eq. 14).
         """
         self._check_steps(steps)
         rate, noise = self._rate_of(structure, clean), self.noise_of(sample, clean, timestep, structure)
         at = torch.as_tensor(timestep, device=sample.device, dtype=torch.float32).expand(len(sample))
-        found = []
+        noises = []
         for step in steps:
-            early = at.clamp(max=step)
-            kept = (at >= step).to(rate.dtype).reshape(-1, *[1] * (rate.ndim - 1))
-            found.append(self.rho(rate, at, early) * noise * kept)
-        return torch.stack(found)
+            mask = beside((at >= step).to(rate.dtype), rate)
+            noises.append(self.rho(rate, at, at.clamp(max=step)) * noise * mask)
+        return torch.stack(noises)
 
     def trajectory(
         self,
@@ -342,21 +352,21 @@ class PixelAwareScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
             raise ValueError(f"noises has shape {tuple(noises.shape)}: expected {len(steps)} first, one for each step")
         rate, states = self._rate_of(structure, clean), []
         for step, noise in zip(steps, noises, strict=True):
-            log = self.log_alpha_bar(rate, step)
-            states.append((log / 2).exp() * clean + (-torch.expm1(log)).sqrt() * noise)
+            signal, sigma = self._signal_and_noise(rate, step)
+            states.append(signal * clean + sigma * noise)
         return torch.stack(states)
 
     def _check_steps(self, steps: Sequence[int]) -> None:
         for step in steps:
-            if isinstance(step, bool) or not isinstance(step, int) or not 1 <= step <= len(self):
-                raise ValueError(f"steps: got {step!r}; expected whole numbers from 1 to {len(self)}")
+            if not is_whole(step) or not 1 <= step <= len(self):
+                raise ValueError(f"steps={step!r}: expected whole numbers from 1 to {len(self)}")
 
     # The reverse process.
 
     def prior_sample(
         self, structure: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None
     ) -> torch.Tensor:
-        """x_T of a structure [B, C, H, W], as images of spread `residual_std` about it are distributed there."""
+        """x_T [B, C, H, W] of a structure, distributed as x_T of images of spread `residual_std` about it."""
         log = self.log_alpha_bar(self.rate(structure), len(self))
         white = randn_tensor(structure.shape, generator=generator, device=structure.device, dtype=structure.dtype)
         spread = (log.exp() * self.config.residual_std**2 - torch.expm1(log)).sqrt()
@@ -372,22 +382,9 @@ class PixelAwareScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
         device: str | torch.device | None = None,
         timesteps: Sequence[int] | None = None,
     ) -> None:
-        """The steps to run: so many, evenly spaced from T down, or these descending `timesteps` in [1, T]."""
-        if (num_inference_steps is None) == (timesteps is None):
-            raise ValueError(
-                f"num_inference_steps={num_inference_steps}, timesteps={timesteps}: expected one of the two"
-            )
-        if timesteps is not None:
-            times = list(timesteps)
-            self._check_steps(times)
-            if not times or times != sorted(set(times), reverse=True):
-                raise ValueError(f"timesteps={times}: expected descending whole numbers")
-        else:
-            whole = isinstance(num_inference_steps, int) and not isinstance(num_inference_steps, bool)
-            if not whole or not 1 <= num_inference_steps <= len(self):
-                raise ValueError(
-                    f"num_inference_steps={num_inference_steps!r}: expected a whole number from 1 to {len(self)}"
-                )
+        """The steps to run: so many, evenly spaced from T down, or these `timesteps`, descending from T to 1."""
+        times = chosen_timesteps(num_inference_steps, timesteps, 1, len(self))
+        if times is None:
             times = [round(len(self) * k / num_inference_steps) for k in range(num_inference_steps, 0, -1)]
         self.num_inference_steps = len(times)
         self.timesteps = torch.tensor(times, device=device)
@@ -436,122 +433,40 @@ class PixelAwareScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
             raise ValueError(f"prev_timestep={prev}: expected a number from 0 to below timestep={int(timestep)}")
         if model_output.shape != sample.shape:
             raise ValueError(f"model_output has shape {tuple(model_output.shape)}: expected {tuple(sample.shape)}")
-        eta = self.config.eta if eta is None else eta
-        self._check_eta(eta)
+        eta = self._eta(eta)
         dtype, work = sample.dtype, torch.promote_types(sample.dtype, torch.float32)
         clean, sample = model_output.to(work), sample.to(work)
-        prev_sample = clean
-        if prev > 0:
+        if prev == 0:
+            prev_sample = clean
+        else:
+            # 1. The rate, and the sample's noise (eq. 3).
             structure = clean.clamp(min=self.config.epsilon) if structure is None else structure.to(work)
             rate, noise = self._rate_of(structure, clean), self.noise_of(sample, clean, timestep, structure)
-            late, early = self._ramp(timestep, rate), self._ramp(prev, rate)
-            fresh = torch.expm1(-rate * (late - early)) / torch.expm1(-rate * late)  # 1 - rho ** 2, where that cancels
+
+            # 2. The share of that noise that stays, and the fresh noise.
             noise = (1 - eta**2 + (eta * self.rho(rate, timestep, prev)) ** 2).sqrt() * noise
             if eta > 0:
                 white = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=work)
-                noise = noise + eta * fresh.sqrt() * white
-            log = -rate * early
-            prev_sample = (log / 2).exp() * clean + (-torch.expm1(log)).sqrt() * noise
+                noise = noise + eta * self._fresh_power(rate, timestep, prev).sqrt() * white
+
+            # 3. The clean estimate with this noise at k (eq. 3).
+            signal, sigma = self._signal_and_noise(rate, prev)
+            prev_sample = signal * clean + sigma * noise
         prev_sample, clean = prev_sample.to(dtype), clean.to(dtype)
         if not return_dict:
             return prev_sample, clean
         return PixelAwareSchedulerOutput(prev_sample=prev_sample, pred_original_sample=clean)
 
-    # Algorithm 1 of the paper.
+    def _fresh_power(self, rate: torch.Tensor, timestep: int | torch.Tensor, prev_timestep: int) -> torch.Tensor:
+        """1 - rho ** 2, which cancels where rho is near 1 and is therefore computed by itself."""
+        late, early = self._ramp(timestep, rate), self._ramp(prev_timestep, rate)
+        return torch.expm1(-rate * (late - early)) / torch.expm1(-rate * late)
 
-    def _paper_terms(self, rate: torch.Tensor, step: int) -> tuple[torch.Tensor, ...]:
-        """alpha_j, 1 - alpha_j, alpha_bar_j, 1 - alpha_bar_j, and eq. 4's variance, at a whole step."""
-        log, log_prev = self.log_alpha_bar(rate, step), self.log_alpha_bar(rate, step - 1)
-        log_alpha = -rate * (self._ramp(step, rate) - self._ramp(step - 1, rate))  # log - log_prev loses digits
-        beta, rest = -torch.expm1(log_alpha), -torch.expm1(log)
-        return log_alpha.exp(), beta, log.exp(), rest, -torch.expm1(log_prev) / rest * beta
-
-    def _check_reading(self, reading: str) -> None:
-        if reading not in ("A", "B"):
-            raise ValueError(f"reading={reading!r}: expected 'A' or 'B'")
-
-    def step_paper(
-        self,
-        noise: torch.Tensor,
-        timestep: int,
-        sample: torch.Tensor,
-        structure: torch.Tensor,
-        reading: Literal["A", "B"] = "A",
-        eta: float | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-    ) -> torch.Tensor:
-        """
-        Line 9 of algorithm 1, from step j to j - 1.
-
-        Args:
-            noise: Z^j, [B, C, H, W].
-            timestep: j, a whole number in [1, T].
-            sample: [B, C, H, W], x_j.
-            structure: [B, C, H, W], the image that the rates follow: exact, or estimated.
-            reading: "A": Z^j is the noise of eq. 3 and its factor (1 - alpha_j) / sqrt(1 - alpha_bar_j), as in eq. 4
-                and 15. "B", as line 9 is printed: Z^j is the noise of one step (eq. 2), its factor sqrt(1 - alpha_j).
-            eta: Factor on the fresh noise, by default the config's; 1 is the paper's.
-            generator: One, or one for each image.
-        """
-        self._check_reading(reading)
-        self._check_steps([timestep])
+    def _eta(self, eta: float | None) -> float:
+        """The eta that was given, or the config's."""
         eta = self.config.eta if eta is None else eta
         self._check_eta(eta)
-        alpha, beta, _, rest, variance = self._paper_terms(self._rate_of(structure, sample), timestep)
-        factor = beta / rest.sqrt() if reading == "A" else beta.sqrt()
-        prev_sample = (sample - factor * noise) / alpha.sqrt()
-        if eta > 0 and timestep > 1:
-            white = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-            prev_sample = prev_sample + eta * variance.sqrt() * white
-        return prev_sample
-
-    def collapse(
-        self,
-        noises: torch.Tensor,
-        sample: torch.Tensor,
-        structure: torch.Tensor,
-        reading: Literal["A", "B"] = "A",
-        eta: float | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-    ) -> torch.Tensor:
-        """
-        All of algorithm 1's steps from i to 0 at once: since no Z^j depends on the state, its result is a weighted sum
-        of them and one Gaussian,
-
-            x_0 = x_i / sqrt(alpha_bar_i) - sum_j w_j Z^j + eta * sqrt(V_i) * noise
-
-        with line 9's factors in w_j = factor_j / sqrt(alpha_bar_j), and V_i = sum_{j=2..i} variance_j / alpha_bar_{j-1}
-        (see `fresh_variance`).
-
-        Args:
-            noises: Z^1 ... Z^i, [i, B, C, H, W].
-            sample: [B, C, H, W], x_i.
-            structure, reading, eta, generator: As for `step_paper`.
-        """
-        self._check_reading(reading)
-        if noises.ndim != sample.ndim + 1 or not 1 <= len(noises) <= len(self):
-            raise ValueError(
-                f"noises has shape {tuple(noises.shape)}: expected [i, *{tuple(sample.shape)}], i to {len(self)}"
-            )
-        eta = self.config.eta if eta is None else eta
-        self._check_eta(eta)
-        rate, total = self._rate_of(structure, sample), torch.zeros_like(sample)
-        for step, noise in enumerate(noises, start=1):
-            _, beta, alpha_bar, rest, _ = self._paper_terms(rate, step)
-            total += (beta / rest.sqrt() if reading == "A" else beta.sqrt()) / alpha_bar.sqrt() * noise
-        found = sample * (rate * self._ramp(len(noises), rate) / 2).exp() - total
-        if eta > 0 and len(noises) > 1:
-            white = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
-            found = found + eta * self.fresh_variance(rate, len(noises)).sqrt() * white
-        return found
-
-    def fresh_variance(self, rate: torch.Tensor, timestep: int) -> torch.Tensor:
-        """V_i: the variance that algorithm 1's own noise has at x_0, shaped as the rate; up to 1 / alpha_bar_i - 1."""
-        self._check_steps([timestep])
-        total = torch.zeros_like(rate)
-        for step in range(2, timestep + 1):
-            total += self._paper_terms(rate, step)[4] * (-self.log_alpha_bar(rate, step - 1)).exp()
-        return total
+        return eta
 
     # What x_T tells of the image.
 

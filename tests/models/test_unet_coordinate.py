@@ -151,7 +151,8 @@ def test_presets(name):
 
 
 def test_the_paper_preset_is_the_papers_network():
-    config = CoordinateUNet2DModel.from_preset("paper").config
+    with torch.device("meta"):
+        config = CoordinateUNet2DModel.from_preset("paper").config
     assert config.block_out_channels[0] == 64 and config.layers_per_block == 1 and config.num_frequencies == 6
     assert list(config.resolutions) == [64, 128, 256]
 

@@ -192,7 +192,7 @@ def test_it_survives_saving(tmp_path, changes):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(image_channels=0), "image_channels=0: expected 1 or more"),
+        (dict(image_channels=0), "image_channels=0: expected a whole number from 1 up"),
         (dict(low_res_injection="cubic"), "low_res_injection='cubic': expected one of .*'conv_stack'"),
         (dict(attention="8x8"), "attention='8x8': expected one of .*'16x16'"),
         (dict(input_fusion="sum"), "input_fusion='sum': expected one of .*'concat'"),

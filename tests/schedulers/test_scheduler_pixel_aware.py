@@ -124,7 +124,7 @@ def test_at_timestep_0_there_is_no_noise():
         assert torch.equal(scheduler.add_noise(image, draw(dtype=torch.float32), 0), image)
         assert (scheduler.rho(rate, 5, 0) == 0).all() and (scheduler.rho(rate, 5, 5) == 1).all()
         # The variance of eq. 4 at the first step: none either.
-        assert (scheduler._paper_terms(rate, 1)[4] == 0).all() and (scheduler.fresh_variance(rate, 1) == 0).all()
+        assert (scheduler._paper_step(rate, 1).variance == 0).all() and (scheduler.fresh_variance(rate, 1) == 0).all()
         ends = [scheduler.step_paper(image, 1, image, image, eta=eta, generator=seeded()) for eta in (0.0, 1.0)]
         assert torch.equal(*ends)
 
@@ -204,7 +204,7 @@ def test_the_tied_noises_are_the_share_rho_of_the_sample_s_own(settings):
 
 def test_the_expected_noise_teaches_as_much_as_a_sampled_one():
     """Rao-Blackwell (3.3): rho * noise_i as the target of Z^j has the gradient of noise_j, and less variance."""
-    scheduler, count, late, early = paper(), 300000, 120, 60
+    scheduler, count, late, early = paper(), 100000, 120, 60
     image = repeated(count, 0.004, 0.05, 0.2)
     states, noises = scheduler.sample_path(image, [early, late], generator=seeded(2))
     expected = scheduler.tied_noise(states[1], image, late, [early])[0]
@@ -216,11 +216,11 @@ def test_the_expected_noise_teaches_as_much_as_a_sampled_one():
         (layer(states[1].reshape(-1, 1)) - target.reshape(-1, 1)).square().mean().backward()
         return torch.cat([layer.weight.grad.flatten(), layer.bias.grad])
 
-    assert torch.allclose(gradient(expected), gradient(noises[0]), rtol=0, atol=0.01)
+    assert torch.allclose(gradient(expected), gradient(noises[0]), rtol=0, atol=0.02)
     assert (gradient(noises[1]) - gradient(noises[0])).abs().max() > 0.1  # the noise at i itself does not do
     rho = scheduler.rho(scheduler.rate(image[:1]), late, early)
     saved = noises[0].var((0, 1, 2)) - expected.var((0, 1, 2))
-    assert torch.allclose(saved, (1 - rho**2).flatten(), rtol=0, atol=0.015)
+    assert torch.allclose(saved, (1 - rho**2).flatten(), rtol=0, atol=0.025)
 
 
 # Algorithm 1.
@@ -256,7 +256,7 @@ def test_line_9_as_printed_undoes_the_steps_of_equation_2(dtype, tolerance):
 
 def test_algorithm_1_s_own_noise_diverges_as_predicted():
     """3.5 of our notes: Var e_0 = V_i with the expected noises, 2 V_i with the true ones."""
-    scheduler, image = paper(), repeated(8000, 0.004, 0.1, 0.5)
+    scheduler, image = paper(), repeated(3000, 0.004, 0.1, 0.5)
     variance = scheduler.fresh_variance(scheduler.rate(image[:1]), 200).flatten()
     assert [f"{value:.3g}" for value in variance.sqrt().tolist()] == ["0.284", "2.5", "145"]
     assert variance[2].sqrt().item() == pytest.approx(144.7, abs=0.05)
@@ -265,8 +265,8 @@ def test_algorithm_1_s_own_noise_diverges_as_predicted():
     expected = scheduler.tied_noise(states[-1], image, 200, range(1, 201))
     for given, factor in ((expected, 1), (noises, 2)):
         error = run_paper(scheduler, given, states[-1], image, generator=seeded(4)) - image
-        assert error.var((0, 1, 2)).tolist() == pytest.approx((factor * variance).tolist(), rel=0.05)
-        assert error.mean((0, 1, 2)).abs().max() < 5 * (2 * variance.max() / 8000).sqrt()
+        assert error.var((0, 1, 2)).tolist() == pytest.approx((factor * variance).tolist(), rel=0.09)
+        assert error.mean((0, 1, 2)).abs().max() < 5 * (2 * variance.max() / 3000).sqrt()
 
 
 def test_fresh_variance_is_the_sum_of_3_5():
@@ -297,14 +297,14 @@ def test_the_collapsed_sum_is_the_loop(settings, reading, dtype, tolerance):
 @pytest.mark.parametrize("settings", [dict(mode="paper"), dict(gamma=8.0, floor=0.3)], ids=str)
 @pytest.mark.parametrize("eta", [None, 0.5])
 def test_the_collapsed_noise_is_the_loop_s_in_law(settings, eta):
-    scheduler, structure = PixelAwareScheduler(40, **settings), repeated(20000, 0.004, 0.3, 1.0)
+    scheduler, structure = PixelAwareScheduler(40, **settings), repeated(4000, 0.004, 0.3, 1.0)
     noises, sample = draw(40, 1, 1, 1, 3).expand(40, *structure.shape), draw(1, 1, 1, 3).expand(structure.shape)
     mean = scheduler.collapse(noises, sample, structure, eta=0.0)
     wanted = (1.0 if eta is None else eta) * scheduler.fresh_variance(scheduler.rate(structure[0]), 40).sqrt().flatten()
     assert (mean == mean[0]).all() and torch.equal(mean, scheduler.collapse(noises, sample, structure, eta=0.0))
     for run in (scheduler.collapse, lambda *given, **kind: run_paper(scheduler, *given, **kind)):
         spread = run(noises, sample, structure, eta=eta, generator=seeded(6)) - mean
-        assert spread.std((0, 1, 2)).tolist() == pytest.approx(wanted.tolist(), rel=0.025)
+        assert spread.std((0, 1, 2)).tolist() == pytest.approx(wanted.tolist(), rel=0.05)
 
 
 # The reverse steps.
@@ -453,7 +453,7 @@ def test_the_start_has_the_spread_of_images_at_the_last_step():
 
 @pytest.mark.parametrize("steps", [200, 5])
 def test_ancestral_steps_return_gaussian_images(steps):
-    scheduler, structure = ready(steps, residual_std=0.2), repeated(10000, 0.05, 0.5, 0.9)
+    scheduler, structure = ready(steps, residual_std=0.2), repeated(4000, 0.05, 0.5, 0.9)
     generator = seeded(12)
     sample, power = scheduler.prior_sample(structure, generator), None
     for time in scheduler.timesteps.tolist():
@@ -466,8 +466,8 @@ def test_ancestral_steps_return_gaussian_images(steps):
         power = power + share * (1 - alpha)
         skip = scheduler.precondition(sample, time, structure)[1]
         sample = scheduler.step(skip, time, sample, structure, generator=generator).prev_sample
-    assert sample.mean((0, 1, 2)).tolist() == pytest.approx([0.05, 0.5, 0.9], abs=0.01)
-    assert sample.var((0, 1, 2)).tolist() == pytest.approx(power.flatten().tolist(), rel=0.07)
+    assert sample.mean((0, 1, 2)).tolist() == pytest.approx([0.05, 0.5, 0.9], abs=0.015)
+    assert sample.var((0, 1, 2)).tolist() == pytest.approx(power.flatten().tolist(), rel=0.1)
     if steps == 200:
         assert power.flatten().tolist() == pytest.approx([0.04] * 3, rel=0.1)
 
@@ -773,10 +773,10 @@ OTHER = (2, 3, 2, 2)
         (lambda s, x: s.noise_of(x, x, 3, images(*OTHER)), "structure has shape"),
         (lambda s, x: s.precondition(x, 3, images(*OTHER)), "structure has shape"),
         (lambda s, x: s.tied_noise(x, x, torch.tensor([1, 2, 3]), [1]), "timestep has shape"),
-        (lambda s, x: s.tied_noise(x, x, 3, [0]), "steps?: got 0; expected whole numbers from 1 to 200"),
-        (lambda s, x: s.tied_noise(x, x, 3, [201]), "steps?: got 201"),
-        (lambda s, x: s.tied_noise(x, x, 3, [1.5]), "steps?: got 1.5"),
-        (lambda s, x: s.tied_noise(x, x, 3, [True]), "steps?: got True"),
+        (lambda s, x: s.tied_noise(x, x, 3, [0]), "steps=0: expected whole numbers from 1 to 200"),
+        (lambda s, x: s.tied_noise(x, x, 3, [201]), "steps=201"),
+        (lambda s, x: s.tied_noise(x, x, 3, [1.5]), "steps=1.5"),
+        (lambda s, x: s.tied_noise(x, x, 3, [True]), "steps=True"),
         (lambda s, x: s.trajectory(x, x[None], [1, 2]), r"noises has shape \(1, 2, 3, 4, 4\): expected 2 first"),
         (lambda s, x: s.sample_path(x, []), r"timesteps=\[\]: expected ascending"),
         (lambda s, x: s.sample_path(x, [3, 2]), r"timesteps=\[3, 2\]: expected ascending"),
@@ -791,8 +791,11 @@ OTHER = (2, 3, 2, 2)
         (lambda s, x: s.set_timesteps(2.5), "num_inference_steps=2.5: expected"),
         (lambda s, x: s.set_timesteps(timesteps=[3, 3]), r"timesteps=\[3, 3\]: expected descending"),
         (lambda s, x: s.set_timesteps(timesteps=[]), r"timesteps=\[\]: expected descending"),
-        (lambda s, x: s.set_timesteps(timesteps=[2.5, 1]), "steps?: got 2.5"),
-        (lambda s, x: s.set_timesteps(timesteps=[201, 1]), "steps?: got 201"),
+        (
+            lambda s, x: s.set_timesteps(timesteps=[2.5, 1]),
+            r"timesteps=\[2.5, 1\]: expected descending whole numbers from 200 to 1",
+        ),
+        (lambda s, x: s.set_timesteps(timesteps=[201, 1]), r"timesteps=\[201, 1\]: expected descending"),
         (lambda s, x: s.step(x, 199, x), "timestep=199: expected one of `timesteps`.*200"),
         (lambda s, x: s.step(x, 20, x, prev_timestep=20), "prev_timestep=20: expected.*below timestep=20"),
         (lambda s, x: s.step(x, 20, x, prev_timestep=-1), "prev_timestep=-1: expected"),
@@ -802,7 +805,7 @@ OTHER = (2, 3, 2, 2)
         ),
         (lambda s, x: s.step(x, 200, x, images(*OTHER)), "structure has shape"),
         (lambda s, x: s.step(x, 200, x, eta=1.5), r"eta=1.5: expected a number in \[0, 1\]"),
-        (lambda s, x: s.step_paper(x, 0, x, x), "steps?: got 0"),
+        (lambda s, x: s.step_paper(x, 0, x, x), "steps=0"),
         (lambda s, x: s.step_paper(x, 3, x, x, reading="C"), "reading='C': expected 'A' or 'B'"),
         (lambda s, x: s.step_paper(x, 3, x, x, eta=2), "eta=2: expected"),
         (lambda s, x: s.step_paper(x, 3, x, images(*OTHER)), "structure has shape"),
@@ -811,7 +814,7 @@ OTHER = (2, 3, 2, 2)
         (lambda s, x: s.collapse(x, x, x), r"noises has shape \(2, 3, 4, 4\): expected \[i,.*200"),
         (lambda s, x: s.collapse(x[None].expand(201, *SHAPE), x, x), r"noises has shape \(201, .*: expected \[i,"),
         (lambda s, x: s.collapse(x[None], x, images(*OTHER)), "structure has shape"),
-        (lambda s, x: s.fresh_variance(x, 201), "steps?: got 201"),
+        (lambda s, x: s.fresh_variance(x, 201), "steps=201"),
         (lambda s, x: s.prior_gap_report(x[0]), r"images has shape \(3, 4, 4\): expected \[B, C, H, W\]"),
         (lambda s, x: s.prior_gap_report(x[:0]), r"images has shape \(0, 3, 4, 4\): expected"),
         (lambda s, x: s.prior_gap_report(2 * x), "images has values"),

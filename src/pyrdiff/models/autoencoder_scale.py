@@ -16,6 +16,9 @@ from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
+from pyrdiff.parts.batch import one_for_each
+from pyrdiff.parts.presets import Presets
+from pyrdiff.parts.settings import check_choices, check_whole, is_whole
 from pyrdiff.parts.sources import KeepsSource
 
 PRESETS = {
@@ -68,8 +71,8 @@ class ScaleAutoencoderOutput(BaseOutput):
 
 class Level(nn.Module):
     """
-    Residual blocks at one resolution, each followed by self-attention where `attention` is true. The group norms come
-    before the convolutions (appendix C), as in `ResnetBlock2D`. [B, in_channels, H, W] to [B, channels, H, W].
+    Residual blocks at one resolution, each followed by self-attention if `attention` is true. The group norms come
+    before the convolutions (appendix C), as in `ResnetBlock2D`. Maps [B, in_channels, H, W] to [B, channels, H, W].
     """
 
     def __init__(
@@ -106,40 +109,42 @@ class Level(nn.Module):
         return hidden
 
 
-class ScaleAutoencoder(KeepsSource, ModelMixin, ConfigMixin):
+class ScaleAutoencoder(KeepsSource, Presets, ModelMixin, ConfigMixin):
     r"""
     Convolutional VAE of an image's structure s0, the brightness per pixel that sets the rates of its noise (paper X).
 
-    The encoder sees a clean or a noisy image and its time step; the decoder sees a latent vector alone, since a sample
-    of the prior has no time step. After training, a Gaussian mixture fitted to draws of the posterior is put in by
-    `set_prior`, is saved with the weights, and is what `sample_prior` draws from.
+    The encoder sees a clean or a noisy image and its time step. The decoder sees a latent vector alone, since a sample
+    of the prior has no time step. After training, `set_prior` puts in a Gaussian mixture that was fitted to draws of
+    the posterior. It is saved with the weights, and `sample_prior` draws from it.
 
-    Parameters:
-        image_channels (`int`, defaults to 3): Channels of the image.
-        sample_size (`int` or pair of `int`, defaults to 32): Side, or height and width, of the image: multiples of
-            `patch_size * 2 ** len(block_out_channels)`, as there is a downsampling after every level.
-        block_out_channels (sequence of `int`, defaults to (32, 64, 96)): Channels of each level.
-        layers_per_block (`int`, defaults to 1): Residual blocks of each level, in the encoder and in the decoder.
-        bottleneck_channels (`int`, defaults to 16): Channels of the lowest feature map, which is flattened and
-            projected to the mean and log-variance of the latent vector.
-        latent_dim (`int`, defaults to 64): Size Z of the latent vector.
-        attention_sizes (sequence of `int`, defaults to ()): Sides of the feature maps (the longer side of an oblong
-            one) with self-attention after each residual block; the paper has it at 16.
-        patch_size (`int`, defaults to 1): Side of the squares of pixels that enter, and leave, as channels.
-        norm_num_groups (`int`, defaults to 8): Groups of the group norms.
-        time_embedding_dim (`int`, defaults to 128): Size of the sinusoidal time embedding, an even number.
-        num_train_timesteps (`int`, defaults to 200): Largest time step T; 0 is the clean image.
-        epsilon (`float`, defaults to 4e-3): Darkest value of an image (paper X: 4e-3).
-        output (`str`, defaults to "structure"): What the decoder gives: "structure", s0 in [epsilon, 1], or "scale" as
-            in the paper, x_delta = exp(-gamma x0).
-        prior (`str`, defaults to "gmm"): What `sample_prior` draws from unless told: "gmm", the mixture of
-            `set_prior`, or "normal", N(0, I).
-        prior_components (`int`, *optional*): Components K of the mixture. `set_prior` writes this and the next.
-        active_latents (`int`, *optional*): Number A of latent dimensions that the mixture is on.
-        residual_std (`float`, *optional*): RMS of the training images minus their structures, measured after training,
-            for the scheduler.
+    Args:
+        image_channels: Channels of the image.
+        sample_size: Side, or (height, width), of the image: multiples of `patch_size * 2 ** len(block_out_channels)`,
+            as every level ends with a downsampling.
+        block_out_channels: Channels of each level.
+        layers_per_block: Residual blocks of each level, in the encoder and in the decoder.
+        bottleneck_channels: Channels of the lowest feature map, which is flattened and projected to the mean and the
+            log-variance of the latent vector.
+        latent_dim: Size Z of the latent vector.
+        attention_sizes: Sides of the feature maps (the longer side of an oblong one) with self-attention after each
+            residual block. The paper has it at 16.
+        patch_size: Side of the squares of pixels that enter, and leave, as channels.
+        norm_num_groups: Groups of the group norms.
+        time_embedding_dim: Size of the sinusoidal time embedding, an even number.
+        num_train_timesteps: Largest time step T; 0 is the clean image.
+        epsilon: Darkest value of an image.
+        output: What the decoder gives: "structure", s0 in [epsilon, 1], or "scale", the paper's x_delta =
+            exp(-gamma x0).
+        prior: What `sample_prior` draws from by default: "gmm", the mixture of `set_prior`, or "normal", N(0, I).
+        prior_components: Components K of the mixture. `set_prior` writes this and the next.
+        active_latents: Number A of latent dimensions that the mixture is on.
+        residual_std: RMS of the training images minus their structures. The trainer measures it for the scheduler.
+
+    Raises:
+        ValueError: for a setting out of range.
     """
 
+    presets = PRESETS
     CHOICES = {"output": ("structure", "scale"), "prior": ("gmm", "normal")}
     WHOLE = (
         "image_channels",
@@ -174,12 +179,8 @@ class ScaleAutoencoder(KeepsSource, ModelMixin, ConfigMixin):
         residual_std: float | None = None,
     ):
         super().__init__()
-        for name in self.WHOLE:
-            if not isinstance(self.config[name], int) or self.config[name] < 1:
-                raise ValueError(f"{name}={self.config[name]!r}: expected a whole number from 1 up")
-        for name, choices in self.CHOICES.items():
-            if self.config[name] not in choices:
-                raise ValueError(f"{name}={self.config[name]!r}: expected one of {choices}")
+        check_whole(self.config, *self.WHOLE)
+        check_choices(self.config, self.CHOICES)
         if time_embedding_dim % 2:
             raise ValueError(f"time_embedding_dim={time_embedding_dim}: expected an even number")
         if not 0 < epsilon < 1:
@@ -191,7 +192,7 @@ class ScaleAutoencoder(KeepsSource, ModelMixin, ConfigMixin):
             )
         multiple = patch_size * 2 ** len(widths)
         size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
-        if len(size) != 2 or any(not isinstance(side, int) or side < 1 or side % multiple for side in size):
+        if len(size) != 2 or any(not is_whole(side) or side < 1 or side % multiple for side in size):
             raise ValueError(
                 f"sample_size={sample_size}: expected one side or (height, width), multiples of {multiple}"
             )
@@ -253,13 +254,6 @@ class ScaleAutoencoder(KeepsSource, ModelMixin, ConfigMixin):
                 torch.zeros(active_latents, dtype=torch.long),
             )
 
-    @classmethod
-    def from_preset(cls, name: str, **overrides) -> "ScaleAutoencoder":
-        """A network by name, e.g. `from_preset("mini", sample_size=64)`. Raises `ValueError` for an unknown name."""
-        if name not in PRESETS:
-            raise ValueError(f"name={name!r}: expected one of {sorted(PRESETS)}")
-        return cls(**{**PRESETS[name], **overrides})
-
     @apply_forward_hook
     def encode(self, sample: torch.Tensor, timestep: torch.Tensor | float = 0) -> tuple[torch.Tensor, torch.Tensor]:
         """
@@ -276,22 +270,19 @@ class ScaleAutoencoder(KeepsSource, ModelMixin, ConfigMixin):
         Raises:
             ValueError: if a shape or a time step does not fit.
         """
-        channels, side = self.config.image_channels, self.config.patch_size
+        channels = self.config.image_channels
         if sample.ndim != 4 or tuple(sample.shape[1:]) != (channels, *self.size):
             raise ValueError(
                 f"sample has shape {tuple(sample.shape)}: expected (B, {channels}, {self.size[0]}, {self.size[1]})"
             )
-        time = torch.as_tensor(timestep, dtype=torch.float32)
-        if time.shape not in ((), (1,), (len(sample),)):
-            raise ValueError(f"timestep has shape {tuple(time.shape)}: expected a number or ({len(sample)},)")
-        last = self.config.num_train_timesteps
-        # On an accelerator the values are not looked at: that would wait for all that is queued there.
+        time, last = one_for_each("timestep", timestep, sample), self.config.num_train_timesteps
+        # The values are not looked at on an accelerator: that would wait for all that is queued there.
         if time.device.type == "cpu" and not ((time >= 0) & (time <= last)).all():
             raise ValueError(f"timestep={timestep}: expected 0 to num_train_timesteps={last}")
         time = time.to(sample.device).expand(len(sample))
         embedding = self.time_embedding(self.time_proj(time).to(self.dtype))
 
-        hidden = self.conv_in(F.pixel_unshuffle(sample, side))
+        hidden = self.conv_in(F.pixel_unshuffle(sample, self.config.patch_size))
         for level, downsample in zip(self.down_levels, self.downsamplers, strict=True):
             hidden = downsample(level(hidden, embedding))
         hidden = self.encoder_out(F.silu(self.encoder_norm(hidden)))
@@ -303,10 +294,10 @@ class ScaleAutoencoder(KeepsSource, ModelMixin, ConfigMixin):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """
         The structure s0 = epsilon + (1 - epsilon) sigmoid(u) of latent vectors [B, latent_dim]: [B, C, H, W] in
-        [epsilon, 1]. With `output="scale"` sigmoid(u), the scale x_delta, in [0, 1].
+        [epsilon, 1]. With `output="scale"` it is sigmoid(u), the scale x_delta, in [0, 1].
 
-        In float32 or wider, whatever the network's type, as exp(-20) of a white pixel is 0 in float16. Raises
-        `ValueError` if the shape does not fit.
+        The result is in float32 or wider, whatever the network's type, since exp(-20) of a white pixel is 0 in float16.
+        Raises `ValueError` if the shape does not fit.
         """
         self._check_latents("latents", latents)
         hidden = self.from_latents(latents.to(self.dtype)).unflatten(1, self.bottleneck)
@@ -326,12 +317,13 @@ class ScaleAutoencoder(KeepsSource, ModelMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> ScaleAutoencoderOutput | tuple:
         """
-        Encodes and decodes; `sample` and `timestep` are those of `encode`.
+        Encodes and decodes.
 
         Args:
+            sample, timestep: As for `encode`.
             posterior_noise: [B, latent_dim], standard normal numbers that draw a latent of the posterior for the
-                decoder; by default it gets the mean.
-            return_dict: Whether to return a `ScaleAutoencoderOutput` or a tuple of its fields.
+                decoder. By default the decoder gets the mean.
+            return_dict: False for a tuple of the fields instead of a `ScaleAutoencoderOutput`.
         """
         mean, log_variance = self.encode(sample, timestep)
         latents = mean if posterior_noise is None else mean + torch.exp(log_variance / 2) * posterior_noise.to(mean)
@@ -347,8 +339,8 @@ class ScaleAutoencoder(KeepsSource, ModelMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
     ) -> torch.Tensor:
         """
-        z = mean + exp(log_variance / 2) * noise, all [B, latent_dim]; with a list of generators each row has its own.
-        Raises `ValueError` if the shapes or the number of generators do not fit.
+        Draws z = mean + exp(log_variance / 2) * noise of the posterior, all [B, latent_dim]. With a list of generators
+        each row has its own. Raises `ValueError` if the shapes or the number of generators do not fit.
         """
         self._check_latents("mean", mean)
         if log_variance.shape != mean.shape:
@@ -362,15 +354,15 @@ class ScaleAutoencoder(KeepsSource, ModelMixin, ConfigMixin):
 
     @staticmethod
     def kl(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
-        """KL(N(mean, exp(log_variance)) || N(0, I)) of [B, Z] each: [B], in nats, summed over the dimensions."""
+        """KL(N(mean, exp(log_variance)) || N(0, I)) in nats, [B], of arguments [B, Z]: the sum over the dimensions."""
         return 0.5 * (mean.square() + torch.expm1(log_variance) - log_variance).sum(dim=1)
 
     def set_prior(
         self, weights: torch.Tensor, means: torch.Tensor, covariances: torch.Tensor, active: torch.Tensor
     ) -> None:
         """
-        Puts in a Gaussian mixture as the prior of the dimensions `active`; the others stay N(0, 1). It is saved with
-        the network. Tensors or numpy arrays, e.g. those of scikit-learn's `GaussianMixture`.
+        Puts in a Gaussian mixture as the prior of the dimensions `active`. The others stay N(0, 1). It is saved with
+        the network. The arguments are tensors or numpy arrays, such as those of scikit-learn's `GaussianMixture`.
 
         Args:
             weights: [K], of the components, summing to 1.
@@ -382,28 +374,11 @@ class ScaleAutoencoder(KeepsSource, ModelMixin, ConfigMixin):
             ValueError: if a shape or a value does not fit.
         """
         weights, means, covariances = (
-            torch.as_tensor(given).detach().to("cpu", torch.float64) for given in (weights, means, covariances)
+            torch.as_tensor(array).detach().to("cpu", torch.float64) for array in (weights, means, covariances)
         )
         active = torch.as_tensor(active).detach().cpu()
-        latents = self.config.latent_dim
-        whole = not (active.is_floating_point() or active.dtype == torch.bool)
-        if active.ndim != 1 or not len(active) or not whole or len(active.unique()) < len(active):
-            raise ValueError(f"active={active.tolist()}: expected different indices of latent dimensions")
-        if active.min() < 0 or active.max() >= latents:
-            raise ValueError(f"active={active.tolist()}: expected indices from 0 to {latents - 1}")
-        if weights.ndim != 1 or not len(weights):
-            raise ValueError(f"weights has shape {tuple(weights.shape)}: expected (K,)")
-        count, size = len(weights), len(active)
-        for name, given, shape in (("means", means, (count, size)), ("covariances", covariances, (count, size, size))):
-            if tuple(given.shape) != shape:
-                raise ValueError(f"{name} has shape {tuple(given.shape)}: expected {shape}")
-        for name, given in (("weights", weights), ("means", means), ("covariances", covariances)):
-            if not given.isfinite().all():
-                raise ValueError(f"{name} has infinite or undefined values: expected finite ones")
-        if (weights < 0).any() or abs(weights.sum().item() - 1) > 1e-4:
-            raise ValueError(f"weights={weights.tolist()}: expected numbers from 0 up that sum to 1")
-        if not torch.allclose(covariances, covariances.mT, rtol=1e-4, atol=1e-8):
-            raise ValueError("covariances are not symmetric: expected symmetric and positive definite matrices")
+        self._check_active(active)
+        self._check_mixture(weights, means, covariances, len(active))
         cholesky, failed = torch.linalg.cholesky_ex(covariances)
         if failed.any():
             raise ValueError(
@@ -411,7 +386,31 @@ class ScaleAutoencoder(KeepsSource, ModelMixin, ConfigMixin):
                 "definite matrices; a fit with a larger ridge gives them"
             )
         self._register_prior((weights / weights.sum()).float(), means.float(), cholesky.float(), active.long())
-        self.register_to_config(prior="gmm", prior_components=count, active_latents=size)
+        self.register_to_config(prior="gmm", prior_components=len(weights), active_latents=len(active))
+
+    def _check_active(self, active: torch.Tensor) -> None:
+        latents = self.config.latent_dim
+        whole = not (active.is_floating_point() or active.dtype == torch.bool)
+        if active.ndim != 1 or not len(active) or not whole or len(active.unique()) < len(active):
+            raise ValueError(f"active={active.tolist()}: expected different indices of latent dimensions")
+        if active.min() < 0 or active.max() >= latents:
+            raise ValueError(f"active={active.tolist()}: expected indices from 0 to {latents - 1}")
+
+    @staticmethod
+    def _check_mixture(weights: torch.Tensor, means: torch.Tensor, covariances: torch.Tensor, size: int) -> None:
+        if weights.ndim != 1 or not len(weights):
+            raise ValueError(f"weights has shape {tuple(weights.shape)}: expected (K,)")
+        count = len(weights)
+        for name, array, shape in (("means", means, (count, size)), ("covariances", covariances, (count, size, size))):
+            if tuple(array.shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(array.shape)}: expected {shape}")
+        for name, array in (("weights", weights), ("means", means), ("covariances", covariances)):
+            if not array.isfinite().all():
+                raise ValueError(f"{name} has infinite or undefined values: expected finite ones")
+        if (weights < 0).any() or abs(weights.sum().item() - 1) > 1e-4:
+            raise ValueError(f"weights={weights.tolist()}: expected numbers from 0 up that sum to 1")
+        if not torch.allclose(covariances, covariances.mT, rtol=1e-4, atol=1e-8):
+            raise ValueError("covariances are not symmetric: expected symmetric and positive definite matrices")
 
     def sample_prior(
         self,
@@ -423,20 +422,20 @@ class ScaleAutoencoder(KeepsSource, ModelMixin, ConfigMixin):
         Latent vectors of the prior, [batch_size, latent_dim] in float32, for `decode`.
 
         Args:
-            generator: One, or a list of one for each row, which then is the row that this generator gives alone. The
-                numbers are drawn on its device.
-            prior: "gmm", the mixture of `set_prior` and N(0, 1) on the inactive dimensions, or "normal", N(0, I); by
+            batch_size: Number of vectors.
+            generator: One, or a list of one for each row; each row is then what its generator gives alone. The numbers
+                are drawn on the generator's device.
+            prior: "gmm", the mixture of `set_prior` with N(0, 1) on the inactive dimensions, or "normal", N(0, I). By
                 default that of the config.
 
         Raises:
-            ValueError: if an argument does not fit, or the mixture is wanted and there is none.
+            ValueError: if an argument does not fit, or for "gmm" if there is no mixture.
         """
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size!r}: expected a whole number from 1 up")
+        check_whole({"batch_size": batch_size}, "batch_size")
         mixture = self._mixture(prior)
         if isinstance(generator, (list, tuple)):
             generators = self._check_generators(generator, batch_size)
-            return torch.cat([self._draw(1, each, mixture) for each in generators])
+            return torch.cat([self._draw(1, row_generator, mixture) for row_generator in generators])
         return self._draw(batch_size, generator, mixture)
 
     def _draw(self, count: int, generator: torch.Generator | None, mixture: tuple | None) -> torch.Tensor:
@@ -454,8 +453,7 @@ class ScaleAutoencoder(KeepsSource, ModelMixin, ConfigMixin):
     def _mixture(self, prior: str | None) -> tuple[torch.Tensor, ...] | None:
         """Weights, means, Cholesky factors (float32) and indices of the mixture; `None` for N(0, I)."""
         prior = self.config.prior if prior is None else prior
-        if prior not in self.CHOICES["prior"]:
-            raise ValueError(f"prior={prior!r}: expected one of {self.CHOICES['prior']} or None")
+        check_choices({"prior": prior}, {"prior": self.CHOICES["prior"]})
         if prior == "normal":
             return None
         if self.config.prior_components is None or not self.prior_weights.any():
@@ -470,9 +468,9 @@ class ScaleAutoencoder(KeepsSource, ModelMixin, ConfigMixin):
         for name, buffer in (("weights", weights), ("means", means), ("cholesky", cholesky), ("active", active)):
             self.register_buffer(f"prior_{name}", buffer.to(self.conv_in.weight.device))
 
-    def _check_latents(self, name: str, given: torch.Tensor) -> None:
-        if given.ndim != 2 or given.shape[1] != self.config.latent_dim:
-            raise ValueError(f"{name} has shape {tuple(given.shape)}: expected (B, {self.config.latent_dim})")
+    def _check_latents(self, name: str, latents: torch.Tensor) -> None:
+        if latents.ndim != 2 or latents.shape[1] != self.config.latent_dim:
+            raise ValueError(f"{name} has shape {tuple(latents.shape)}: expected (B, {self.config.latent_dim})")
 
     @staticmethod
     def _check_generators(generators: list | tuple, count: int) -> list[torch.Generator]:

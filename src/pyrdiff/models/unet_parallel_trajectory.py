@@ -15,7 +15,11 @@ from diffusers.utils import BaseOutput
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from pyrdiff.parts.batch import check_batch, one_for_each
+from pyrdiff.parts.presets import Presets
+from pyrdiff.parts.settings import check_choices, check_whole, is_whole
 from pyrdiff.parts.sources import KeepsSource
+from pyrdiff.parts.step_layers import StepAttention, StepConv, StepNorm
 
 PRESETS = {
     # Appendix C for 32x32: 41.2M (section 4), of which 200 sub-networks of 18.8k. The paper says 512 and the number of
@@ -53,15 +57,15 @@ PRESETS = {
 
 TIME_CHANNELS = 128  # of the sinusoidal embedding (appendix C)
 TIME_SCALE = 1000.0  # 1000 i/T is what is embedded, so that T does not matter
-EXACTNESS = 1e-3  # how far i may lie below j for j <= i: i may be a fraction times T, rounded
+EXACTNESS = 1e-3  # j <= i also holds for an i that is this much too small: it may be a rounded product with T
 
 
 @dataclass
 class ParallelTrajectoryOutput(BaseOutput):
     """
     Args:
-        sample: [B, C, H, W], the (preconditioned) clean image; `None` with `target="noise"`.
-        noises: [S, B, C, H, W], Z^j for the S steps asked, zero where j > i; `None` where none was asked.
+        sample: [B, C, H, W], the (preconditioned) clean image; None with `target="noise"`.
+        noises: [S, B, C, H, W], Z^j of the S steps that were asked for, zero for j > i; None without `steps`.
     """
 
     sample: torch.Tensor | None
@@ -123,66 +127,6 @@ class Level(nn.Module):
         self.fusion, self.blocks, self.resize = fusion, nn.ModuleList(blocks), resize
 
 
-class StepConv(nn.Module):
-    """T convolutions, of which those of the steps asked are computed at once. Weight [T, out, in, k, k]."""
-
-    def __init__(self, steps: int, in_channels: int, out_channels: int, kernel: int):
-        super().__init__()
-        bound = (in_channels * kernel**2) ** -0.5  # of nn.Conv2d
-        self.weight = nn.Parameter(
-            torch.empty(steps, out_channels, in_channels, kernel, kernel).uniform_(-bound, bound)
-        )
-        self.bias = nn.Parameter(torch.empty(steps, out_channels).uniform_(-bound, bound))
-
-    def forward(self, hidden: torch.Tensor, rows: torch.Tensor, shared: bool = False) -> torch.Tensor:
-        """[B, S * out, h, w] of [B, S * in, h, w], or of one [B, in, h, w] that all steps share."""
-        weight, bias = self.weight[rows].flatten(0, 1), self.bias[rows].flatten()
-        groups = 1 if shared else len(rows)
-        return F.conv2d(hidden, weight, bias, padding=self.weight.shape[-1] // 2, groups=groups)
-
-
-class StepNorm(nn.Module):
-    """T group norms of one group each."""
-
-    def __init__(self, steps: int, channels: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(steps, channels))
-        self.bias = nn.Parameter(torch.zeros(steps, channels))
-
-    def forward(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """[B, S * c, h, w] of the same."""
-        return F.group_norm(hidden, len(rows), self.weight[rows].flatten(), self.bias[rows].flatten(), eps=1e-6)
-
-
-class StepAttention(nn.Module):
-    """T layers of self-attention with one head each."""
-
-    def __init__(self, steps: int, channels: int):
-        super().__init__()
-        self.channels = channels
-        self.norm = StepNorm(steps, channels)
-        self.query, self.key, self.value, self.out = (StepConv(steps, channels, channels, 1) for _ in range(4))
-
-    @staticmethod
-    def width(channels: int) -> int:
-        """The fused kernels of attention ask for a multiple of 8: zeros are added."""
-        return -(-channels // 8) * 8
-
-    def forward(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """[B, S * c, h, w] of the same."""
-        normed, added = self.norm(hidden, rows), self.width(self.channels) - self.channels
-
-        def tokens(layer: StepConv) -> torch.Tensor:
-            maps = layer(normed, rows).unflatten(1, (len(rows), self.channels)).flatten(3)
-            return F.pad(maps.transpose(2, 3), (0, added))
-
-        mixed = F.scaled_dot_product_attention(
-            tokens(self.query), tokens(self.key), tokens(self.value), scale=self.channels**-0.5
-        )
-        mixed = mixed[..., : self.channels].transpose(2, 3).reshape(hidden.shape)
-        return hidden + self.out(mixed, rows)
-
-
 class LiteralHead(nn.Module):
     """
     The sub-networks G_j of eq. 14 (appendix C): two residual blocks with self-attention and as many channels as the
@@ -232,45 +176,54 @@ class LiteralHead(nn.Module):
         return output.unflatten(1, (len(rows), self.channels)).transpose(0, 1)
 
 
-class ParallelTrajectoryUNet2DModel(KeepsSource, ModelMixin, ConfigMixin):
+class ParallelTrajectoryUNet2DModel(KeepsSource, Presets, ModelMixin, ConfigMixin):
     r"""
     UNet that sees a noisy image, the image's structure and the time, and predicts in one pass the clean image and the
     noises Z^j of the steps before it (paper X: R_phi, section 3.3 and appendix C).
 
     At the input of each level of the encoder and of the decoder, mappings P_k of the time embedding and H_k of the
-    structure are added; residual blocks see the time embedding, too, as in DDPM.
+    structure are added. The residual blocks see the time embedding, too, as in DDPM.
 
-    Parameters:
-        image_channels (`int`, defaults to 3): Channels of the image.
-        sample_size (`int` or pair of `int`, *optional*): Height and width of images, for pipelines; any size is taken.
-        encoder_channels (sequence of `int`, defaults to `(64, 128, 192)`): Widths of the levels, finest first.
-        decoder_channels (sequence of `int`, *optional*): Widths of the levels, coarsest first; the last is the width of
-            the features that the heads see. `None`: those of the encoder, reversed.
-        layers_per_block (`int`, defaults to 2): Residual blocks of a level of the encoder. The decoder has one more.
-        attention_levels (sequence of `int`, defaults to `()`): Levels with self-attention, 0 the finest; the blocks in
-            the middle have it with the coarsest.
-        patch_size (`int`, defaults to 1): Side of the squares of pixels that enter and leave as channels.
-        norm_num_groups (`int`, defaults to 8): Groups of the norms.
-        attention_head_dim (`int`, *optional*, defaults to 32): Channels of a head of attention; `None` for one head.
-        time_embedding_dim (`int`, defaults to 512): Width of the time embedding.
-        num_train_timesteps (`int`, defaults to 200): T, the number of steps.
-        use_structure (`bool`, defaults to `True`): Whether there is a structure: an input, and H_k.
-        head (`str`, defaults to "tied"): What predicts Z^j. "tied": nothing, it follows from the clean image
-            (`PixelAwareScheduler.tied_noise`). "literal": the paper's sub-networks G_j, with self-attention where the
+    Args:
+        image_channels: Channels of the image.
+        sample_size: Side, or (height, width), of images, for pipelines. The network takes any size.
+        encoder_channels: Widths of the levels, finest first.
+        decoder_channels: Widths of the levels, coarsest first. The last is the width of the features that the head
+            sees. By default those of the encoder, reversed.
+        layers_per_block: Residual blocks of a level of the encoder. The decoder has one more.
+        attention_levels: Levels with self-attention; 0 is the finest. The middle has it if the coarsest level has.
+        patch_size: Side of the squares of pixels that enter, and leave, as channels.
+        norm_num_groups: Groups of the norms.
+        attention_head_dim: Channels of a head of attention; None for one head.
+        time_embedding_dim: Width of the time embedding.
+        num_train_timesteps: T, the number of steps.
+        use_structure: True if there is a structure: an input, and H_k.
+        head: What predicts Z^j. "tied": nothing, since it follows from the clean image
+            (`PixelAwareScheduler.tied_noise`). "literal": the paper's sub-networks G_j, with self-attention if the
             features have at most 32x32 pixels.
-        rank (`int`, defaults to 8): Not used by these heads. Folders of version 0.1.0 have it in their config.
-        head_attention (`bool`, defaults to `True`): Whether the head "literal" has self-attention.
-        target (`str`, defaults to "clean"): "clean": the first output is the clean image; "noise": as in the paper
-            there are only the heads.
-        chunk_size (`int`, *optional*): Steps that the heads compute at a time; in training, what they computed is
-            computed again on the way back instead of kept. `None`: all at once.
-        dropout (`float`, defaults to 0): Dropout of the residual blocks.
+        head_attention: True if the head "literal" has self-attention.
+        target: "clean" if the first output is the clean image. "noise" if there is only the head, as in the paper.
+        chunk_size: Steps that the head computes at a time, by default all at once. In training, what a chunk computed
+            is computed again on the way back instead of kept.
+        dropout: Dropout of the residual blocks.
 
     Height and width of a sample must be multiples of `patch_size * 2 ** (len(encoder_channels) - 1)`.
 
     Raises:
-        ValueError: if a setting is not among those said above.
+        ValueError: for a setting out of range.
     """
+
+    presets = PRESETS
+    RETIRED = ("rank",)  # of a head that version 0.1.0 had
+    CHOICES = {"head": ("tied", "literal"), "target": ("clean", "noise")}
+    WHOLE = (
+        "image_channels",
+        "layers_per_block",
+        "patch_size",
+        "norm_num_groups",
+        "time_embedding_dim",
+        "num_train_timesteps",
+    )
 
     @register_to_config
     def __init__(
@@ -288,14 +241,18 @@ class ParallelTrajectoryUNet2DModel(KeepsSource, ModelMixin, ConfigMixin):
         num_train_timesteps: int = 200,
         use_structure: bool = True,
         head: Literal["tied", "literal"] = "tied",
-        rank: int = 8,
         head_attention: bool = True,
         target: Literal["clean", "noise"] = "clean",
         chunk_size: int | None = None,
         dropout: float = 0.0,
     ):
         super().__init__()
-        self._check_settings()
+        check_choices(self.config, self.CHOICES)
+        check_whole(self.config, *self.WHOLE)
+        check_whole(self.config, "attention_head_dim", "chunk_size", optional=True)
+        if target == "noise" and head == "tied":
+            raise ValueError("head='tied': expected 'literal' with target='noise', which has no clean image")
+        self._check_widths()
         levels = len(encoder_channels)
         down, up = list(encoder_channels), list(decoder_channels or reversed(encoder_channels))
         attends = [level in attention_levels for level in range(levels)]
@@ -340,20 +297,8 @@ class ParallelTrajectoryUNet2DModel(KeepsSource, ModelMixin, ConfigMixin):
             self.noise_fusion = fusion(width)
             self.noise_head = LiteralHead(width, channels, settings)
 
-    def _check_settings(self):
+    def _check_widths(self) -> None:
         settings = self.config
-        for name, choices in {"head": ("tied", "literal"), "target": ("clean", "noise")}.items():
-            if settings[name] not in choices:
-                raise ValueError(f"{name}={settings[name]!r}: expected one of {choices}")
-        if settings.target == "noise" and settings.head == "tied":
-            raise ValueError("head='tied': expected 'literal' with target='noise', which has no clean image")
-        for name in (
-            "image_channels", "layers_per_block", "patch_size", "norm_num_groups", "attention_head_dim",
-            "time_embedding_dim", "num_train_timesteps", "chunk_size",
-        ):  # fmt: skip
-            value, optional = settings[name], name in ("attention_head_dim", "chunk_size")
-            if not (optional and value is None or isinstance(value, int) and value >= 1):
-                raise ValueError(f"{name}={value!r}: expected a whole number from 1 up{' or None' * optional}")
         down, up = settings.encoder_channels, settings.decoder_channels
         up = tuple(reversed(down)) if up is None else up
         if not down:
@@ -373,13 +318,6 @@ class ParallelTrajectoryUNet2DModel(KeepsSource, ModelMixin, ConfigMixin):
                 if head_dim is not None and width % head_dim:
                     raise ValueError(f"attention_head_dim={head_dim}: expected a divisor of {width} channels, or None")
 
-    @classmethod
-    def from_preset(cls, name: str, **overrides) -> "ParallelTrajectoryUNet2DModel":
-        """A network by name, e.g. `from_preset("mini", image_channels=1)`. Raises `ValueError` for an unknown name."""
-        if name not in PRESETS:
-            raise ValueError(f"name={name!r}: expected one of {sorted(PRESETS)}")
-        return cls(**{**PRESETS[name], **overrides})
-
     def forward(
         self,
         sample: torch.Tensor,
@@ -390,17 +328,17 @@ class ParallelTrajectoryUNet2DModel(KeepsSource, ModelMixin, ConfigMixin):
     ) -> ParallelTrajectoryOutput | tuple:
         """
         Args:
-            sample: [B, C, H, W], the noisy image x_i, scaled to unit variance by the scheduler; as it is in paper mode.
+            sample: [B, C, H, W], the noisy image x_i: scaled to unit variance by the scheduler, in paper mode as it is.
             timestep: i in (0, T]: a number, whole or not, or [B].
-            structure: [B, C, H, W] in [0, 1], s0 (in the paper the scale); `None` with `use_structure=False`.
-            steps: Steps j in 1..T whose noises are asked, or "all".
-            return_dict: Whether to return a `ParallelTrajectoryOutput` or a tuple.
+            structure: [B, C, H, W] in [0, 1], s0, or the scale in the paper. None with `use_structure=False`.
+            steps: Steps j from 1 to T whose noises are returned, or "all".
+            return_dict: False for a tuple instead of a `ParallelTrajectoryOutput`.
 
         Returns:
-            `sample` [B, C, H, W] (`None` with `target="noise"`) and `noises` [S, B, C, H, W] (`None` if `steps` is).
+            `sample` [B, C, H, W], None with `target="noise"`, and `noises` [S, B, C, H, W], None without `steps`.
 
         Raises:
-            ValueError: if the shapes do not fit, or the steps are not to be had.
+            ValueError: if the shapes do not fit, or the network cannot give the noises of these steps.
         """
         self._check_images(sample, structure)
         steps = self._checked_steps(steps)
@@ -451,27 +389,24 @@ class ParallelTrajectoryUNet2DModel(KeepsSource, ModelMixin, ConfigMixin):
     def _noises(
         self, features: torch.Tensor, embedding: torch.Tensor, time: torch.Tensor, steps: list[int]
     ) -> torch.Tensor:
-        """[S, B, C, H, W]: Z^j = M_j G_j(features), the mask M_j being 1 where j <= i (eq. 14)."""
+        """[S, B, C, H, W]: Z^j = M_j G_j(features), where the mask M_j is 1 for j <= i (eq. 14)."""
         prepared = self.noise_head.prepare(features)
 
-        def chunk(rows: torch.Tensor) -> torch.Tensor:
+        def noises_of(rows: torch.Tensor) -> torch.Tensor:
             noises = self.noise_head(prepared, embedding, rows)
             later = rows[:, None] + 1 > time + EXACTNESS
             noises = noises.masked_fill(later[:, :, None, None, None], 0.0)
             return F.pixel_shuffle(noises, self.config.patch_size)
 
-        rows = torch.tensor(steps, device=features.device) - 1
         size = self.config.chunk_size or len(steps)
-        again = self.training and torch.is_grad_enabled() and size < len(steps)
-        parts = [checkpoint(chunk, part, use_reentrant=False) if again else chunk(part) for part in rows.split(size)]
-        return torch.cat(parts)
+        chunks = (torch.tensor(steps, device=features.device) - 1).split(size)
+        if self.training and torch.is_grad_enabled() and size < len(steps):
+            return torch.cat([checkpoint(noises_of, rows, use_reentrant=False) for rows in chunks])
+        return torch.cat([noises_of(rows) for rows in chunks])
 
-    def _check_images(self, sample: torch.Tensor, structure: torch.Tensor | None):
-        if sample.ndim != 4 or sample.shape[1] != self.config.image_channels:
-            raise ValueError(f"sample has shape {tuple(sample.shape)}: expected {self.config.image_channels} channels")
+    def _check_images(self, sample: torch.Tensor, structure: torch.Tensor | None) -> None:
         multiple = self.config.patch_size * 2 ** (len(self.config.encoder_channels) - 1)
-        if sample.shape[-2] % multiple or sample.shape[-1] % multiple:
-            raise ValueError(f"sample has shape {tuple(sample.shape)}: expected sides that are multiples of {multiple}")
+        check_batch(sample, self.config.image_channels, multiple)
         if not self.config.use_structure:
             if structure is not None:
                 raise ValueError("structure is given: expected None, as use_structure=False")
@@ -494,17 +429,15 @@ class ParallelTrajectoryUNet2DModel(KeepsSource, ModelMixin, ConfigMixin):
             )
         given = range(1, total + 1) if isinstance(steps, str) and steps == "all" else steps
         given = list(given) if isinstance(given, (list, tuple, range)) else []
-        whole = all(isinstance(step, int) and 1 <= step <= total for step in given)
+        whole = all(is_whole(step) and 1 <= step <= total for step in given)
         if not given or not whole or len(set(given)) < len(given):
             raise ValueError(f"steps={steps!r}: expected different whole numbers from 1 to {total}, or 'all'")
         return given
 
     def _checked_time(self, timestep: torch.Tensor | float, sample: torch.Tensor) -> torch.Tensor:
         """[B], in float32."""
-        time, total = torch.as_tensor(timestep, dtype=torch.float32), self.config.num_train_timesteps
-        if time.shape not in ((), (1,), (len(sample),)):
-            raise ValueError(f"timestep has shape {tuple(time.shape)}: expected a number or ({len(sample)},)")
-        # Elsewhere than on the CPU, looking at the values would wait for all that is still being computed.
+        time, total = one_for_each("timestep", timestep, sample), self.config.num_train_timesteps
+        # The values are not looked at on an accelerator: that would wait for all that is queued there.
         if time.device.type == "cpu" and not ((time > 0) & (time <= total + EXACTNESS)).all():
             raise ValueError(f"timestep={timestep}: expected more than 0 and at most num_train_timesteps={total}")
         return time.to(sample.device).expand(len(sample))

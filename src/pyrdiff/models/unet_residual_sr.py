@@ -9,6 +9,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
+from pyrdiff.parts.batch import check_batch, one_for_each
+from pyrdiff.parts.presets import Presets, unet_arguments
+from pyrdiff.parts.settings import check_choices, check_whole, is_whole
 from pyrdiff.parts.sources import KeepsSource
 
 PRESETS = {
@@ -64,32 +67,35 @@ class LowResInjection(nn.Module):
         return [project(low_res) for project in self.project]
 
 
-class ResidualSRUNet2DModel(KeepsSource, UNet2DModel):
+class ResidualSRUNet2DModel(KeepsSource, Presets, UNet2DModel):
     r"""
     `UNet2DModel` that predicts the noise of a residual or an image, given the low-resolution image (paper S).
 
-    SR4 is the default. The network of SR3 is `low_res_injection=None, attention="16x16"`, trained with a linear
-    schedule on images. Names of sizes are the paper's, for 128x128 images and five levels: "16x16" is the level above
-    the lowest and "middle" (8x8) the lowest, for other images too.
+    The default is SR4. The network of SR3 is `low_res_injection=None, attention="16x16"`, trained with a linear
+    schedule on images. The names of sizes are the paper's, for 128x128 images and five levels. For other images, too,
+    "16x16" is the level above the lowest and "middle" (8x8) is the lowest.
 
-    Parameters:
-        image_channels (`int`, defaults to 3): Channels of the image. The network's first layer has twice as many.
-        low_res_injection (`str`, *optional*, defaults to "conv_stack"): How the low-resolution image reaches the two
-            places at the level above the lowest, on the way down and on the way up (section 6): "conv_stack", "direct",
-            "bicubic" or "large_kernel"; `None` for not at all.
-        attention (`str`, defaults to "middle"): Where there is self-attention: "middle", or "16x16" as in SR3.
-        input_fusion (`str`, defaults to "concat"): How the input joins the noisy image: "concat", or "attention"
-            (section 5.1), which weighs the input's pixels first by sigmoid(query(noisy image) x key(input)).
-        scale_factors (sequence of `int`, *optional*): The factors that it is trained to enlarge by.
-        in_channels (`int`, *optional*): Always `image_channels`; in the config so that pipelines of diffusers draw
+    Args:
+        image_channels: Channels of the image. The network's first layer has twice as many.
+        low_res_injection: How the low-resolution image reaches the two places at the level above the lowest, on the way
+            down and on the way up (section 6): "conv_stack", "direct", "bicubic" or "large_kernel"; None for not at
+            all.
+        attention: Where there is self-attention: in the "middle", or at "16x16" as in SR3.
+        input_fusion: How the input joins the noisy image: "concat", or "attention" (section 5.1), which first weighs
+            the input's pixels by sigmoid(query(noisy image) x key(input)).
+        scale_factors: The factors that the network is trained to enlarge by.
+        in_channels: `image_channels` or None. In the config it is `image_channels`, so that pipelines of diffusers draw
             noise of the right shape.
-        out_channels (`int`, *optional*): `image_channels`, the default, or twice as many to predict the variance, too
-            (section 5.3).
+        out_channels: By default `image_channels`; twice as many to predict the variance, too (section 5.3).
 
-    All other parameters are those of `UNet2DModel`; the types of the blocks follow from `attention`. Height and width
-    of a sample must be multiples of 2 ** (len(block_out_channels) - 1).
+    All other arguments are those of `UNet2DModel`; the types of the blocks follow from `attention`. Height and width of
+    a sample must be multiples of 2 ** (len(block_out_channels) - 1).
+
+    Raises:
+        ValueError: for a setting out of range.
     """
 
+    presets = PRESETS
     # sqrt(gamma) times this is embedded as a time: the factor of WaveGrad, which SR3 follows.
     NOISE_LEVEL_SCALE = 5000.0
     CHOICES = {
@@ -105,8 +111,8 @@ class ResidualSRUNet2DModel(KeepsSource, UNet2DModel):
         low_res_injection: Literal["conv_stack", "direct", "bicubic", "large_kernel"] | None = "conv_stack",
         attention: Literal["middle", "16x16"] = "middle",
         input_fusion: Literal["concat", "attention"] = "concat",
-        scale_factors: tuple[int, ...] | None = None,
         sample_size: int | tuple[int, int] | None = None,
+        scale_factors: tuple[int, ...] | None = None,
         in_channels: int | None = None,
         out_channels: int | None = None,
         center_input_sample: bool = False,
@@ -135,26 +141,44 @@ class ResidualSRUNet2DModel(KeepsSource, UNet2DModel):
         num_class_embeds: int | None = None,
         num_train_timesteps: int | None = None,
     ):
-        if image_channels < 1:
-            raise ValueError(f"image_channels={image_channels}: expected 1 or more")
-        for name, choices in self.CHOICES.items():
-            if self.config[name] not in choices:
-                raise ValueError(f"{name}={self.config[name]!r}: expected one of {choices}")
+        check_whole(self.config, "image_channels")
+        check_choices(self.config, self.CHOICES)
         levels = len(block_out_channels)
         if levels < 2:
             raise ValueError(f"block_out_channels={tuple(block_out_channels)}: expected 2 levels or more")
-        if scale_factors is not None:
-            factors = list(scale_factors) if isinstance(scale_factors, (list, tuple)) else []
-            whole = all(isinstance(factor, int) and factor >= 2 for factor in factors)
-            if not factors or not whole or len(set(factors)) < len(factors):
-                raise ValueError(f"scale_factors={scale_factors}: expected different whole numbers from 2 up, or None")
-            scale_factors = factors
+        scale_factors = self._checked_factors(scale_factors)
         if in_channels not in (None, image_channels):
             raise ValueError(f"in_channels={in_channels}: expected image_channels={image_channels} or None")
         if out_channels not in (None, image_channels, 2 * image_channels):
             raise ValueError(
                 f"out_channels={out_channels}: expected {image_channels}, or {2 * image_channels} with the variance"
             )
+        out_channels = image_channels if out_channels is None else out_channels
+        derived = self._derived_settings(levels)
+        super().__init__(**unet_arguments(self, in_channels=2 * image_channels, out_channels=out_channels, **derived))
+        # The parent registered its own view of these. Users and stock pipelines mean the image's.
+        self.register_to_config(in_channels=image_channels, out_channels=out_channels, scale_factors=scale_factors)
+        if input_fusion == "attention":
+            self.fusion_query = nn.Conv2d(image_channels, image_channels, 3, padding=1)
+            self.fusion_key = nn.Conv2d(image_channels, image_channels, 3, padding=1)
+        if low_res_injection is not None:
+            # Channels that enter the level above the lowest on the way down, and on the way up.
+            places = (block_out_channels[max(levels - 3, 0)], block_out_channels[-1])
+            self.injection = LowResInjection(low_res_injection, image_channels, places, halvings=levels - 2)
+
+    @staticmethod
+    def _checked_factors(factors: tuple[int, ...] | None) -> list[int] | None:
+        if factors is None:
+            return None
+        given = list(factors) if isinstance(factors, (list, tuple)) else []
+        whole = all(is_whole(factor) and factor >= 2 for factor in given)
+        if not given or not whole or len(set(given)) < len(given):
+            raise ValueError(f"scale_factors={factors}: expected different whole numbers from 2 up, or None")
+        return given
+
+    def _derived_settings(self, levels: int) -> dict:
+        """The parent's settings that follow from `attention`, or that this network cannot have otherwise."""
+        attention = self.config.attention
         marks = [attention == "16x16" and level == levels - 2 for level in range(levels)]
         derived = {
             "center_input_sample": False,
@@ -172,45 +196,7 @@ class ResidualSRUNet2DModel(KeepsSource, UNet2DModel):
             given = list(given) if isinstance(given, (list, tuple)) else given
             if given is not None and given != value:
                 raise ValueError(f"{name}={given!r}: expected {value!r}, as attention={attention!r} has it, or None")
-        out_channels = image_channels if out_channels is None else out_channels
-        super().__init__(
-            sample_size=sample_size,
-            in_channels=2 * image_channels,
-            out_channels=out_channels,
-            time_embedding_dim=time_embedding_dim,
-            freq_shift=freq_shift,
-            flip_sin_to_cos=flip_sin_to_cos,
-            block_out_channels=block_out_channels,
-            layers_per_block=layers_per_block,
-            mid_block_scale_factor=mid_block_scale_factor,
-            downsample_padding=downsample_padding,
-            downsample_type=downsample_type,
-            upsample_type=upsample_type,
-            dropout=dropout,
-            act_fn=act_fn,
-            attention_head_dim=attention_head_dim,
-            norm_num_groups=norm_num_groups,
-            attn_norm_num_groups=attn_norm_num_groups,
-            norm_eps=norm_eps,
-            resnet_time_scale_shift=resnet_time_scale_shift,
-            **derived,
-        )
-        # The parent registered its own view of these; users and stock pipelines mean the image's.
-        self.register_to_config(in_channels=image_channels, out_channels=out_channels, scale_factors=scale_factors)
-        if input_fusion == "attention":
-            self.fusion_query = nn.Conv2d(image_channels, image_channels, 3, padding=1)
-            self.fusion_key = nn.Conv2d(image_channels, image_channels, 3, padding=1)
-        if low_res_injection is not None:
-            # Channels that enter the level above the lowest on the way down, and on the way up.
-            places = (block_out_channels[max(levels - 3, 0)], block_out_channels[-1])
-            self.injection = LowResInjection(low_res_injection, image_channels, places, halvings=levels - 2)
-
-    @classmethod
-    def from_preset(cls, name: str, **overrides) -> "ResidualSRUNet2DModel":
-        """A network by name, e.g. `from_preset("small", image_channels=1)`. Raises `ValueError` for an unknown name."""
-        if name not in PRESETS:
-            raise ValueError(f"name={name!r}: expected one of {sorted(PRESETS)}")
-        return cls(**{**PRESETS[name], **overrides})
+        return derived
 
     def forward(
         self,
@@ -224,7 +210,7 @@ class ResidualSRUNet2DModel(KeepsSource, UNet2DModel):
             sample: [B, C, H, W], the noisy residual or image.
             noise_level: sqrt(gamma), the signal's share of `sample`: a number in (0, 1] or [B].
             low_res: [B, C, H, W], the low-resolution image enlarged to the sample's size, in [-1, 1].
-            return_dict: Whether to return a `UNet2DOutput` or a tuple.
+            return_dict: False for a tuple instead of a `UNet2DOutput`.
 
         Returns:
             The prediction, [B, out_channels, H, W].
@@ -234,16 +220,10 @@ class ResidualSRUNet2DModel(KeepsSource, UNet2DModel):
         """
         if low_res.shape != sample.shape:
             raise ValueError(f"low_res has shape {tuple(low_res.shape)}: expected the sample's {tuple(sample.shape)}")
-        if sample.ndim != 4 or sample.shape[1] != self.config.image_channels:
-            raise ValueError(f"sample has shape {tuple(sample.shape)}: expected {self.config.image_channels} channels")
-        multiple = 2 ** (len(self.config.block_out_channels) - 1)
-        if sample.shape[-2] % multiple or sample.shape[-1] % multiple:
-            raise ValueError(f"sample has shape {tuple(sample.shape)}: expected sides that are multiples of {multiple}")
+        check_batch(sample, self.config.image_channels, 2 ** (len(self.config.block_out_channels) - 1))
 
         # 1. The noise level, embedded as UNet2DModel embeds a time.
-        level = torch.as_tensor(noise_level, dtype=torch.float32, device=sample.device)
-        if level.shape not in ((), (1,), (len(sample),)):
-            raise ValueError(f"noise_level has shape {tuple(level.shape)}: expected a number or ({len(sample)},)")
+        level = one_for_each("noise_level", noise_level, sample).to(sample.device)
         level = level.expand(len(sample)) * self.NOISE_LEVEL_SCALE
         embedding = self.time_embedding(self.time_proj(level).to(self.dtype))
 

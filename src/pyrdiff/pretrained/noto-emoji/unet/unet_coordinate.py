@@ -3,6 +3,7 @@
 """Coordinate-conditioned UNet of Pyramidal DDPM (paper P, fig. 2): one network for every resolution."""
 
 import importlib
+import inspect
 import re
 import sys
 import torch
@@ -10,7 +11,33 @@ from diffusers import ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
+
+
+# pyrdiff.parts.presets: What the networks share: presets by name, and the arguments of a parent class.
+
+class Presets:
+    """Put in front of `ModelMixin`: gives a network `from_preset`. The class sets `presets` to {name: settings}."""
+
+    presets: dict[str, dict] = {}
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> Self:
+        """
+        A network by name, with some settings changed, e.g. `from_preset("small", image_channels=1)`.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        if name not in cls.presets:
+            raise ValueError(f"name={name!r}: expected one of {sorted(cls.presets)}")
+        return cls(**{**cls.presets[name], **overrides})
+
+
+def unet_arguments(network: UNet2DModel, **changes) -> dict:
+    """What a subclass of `UNet2DModel` gives its parent: the settings of the same names in its config, or `changes`."""
+    names = inspect.signature(UNet2DModel.__init__).parameters
+    return {name: value for name, value in network.config.items() if name in names} | changes
 
 
 # pyrdiff.parts.sources: The code of a class, kept from the moment that the class is made.
@@ -171,26 +198,33 @@ PRESETS = {
 }
 
 
-class CoordinateUNet2DModel(KeepsSource, UNet2DModel):
+class CoordinateUNet2DModel(KeepsSource, Presets, UNet2DModel):
     r"""
     `UNet2DModel` that also sees where every pixel lies in the whole image (paper P, eq. 7 and 8).
 
     The row and column of each pixel, in [0, 1] with half-pixel centres, are encoded by sines and cosines and
     concatenated to the noisy image: 4 x `num_frequencies` channels beside `image_channels`.
 
-    Parameters:
-        image_channels (`int`, defaults to 3): Channels of the image. The network's first layer has more.
-        num_frequencies (`int`, defaults to 6): L of eq. 7; the paper uses 6, so 24 channels.
-        use_coordinates (`bool`, defaults to `True`): `False` is the paper's ablation (fig. 6): no coordinates at all.
-        resolutions (sequence of `int` or `(int, int)`, *optional*): The sizes, low to high, that the network is
-            trained at: an int for a square image or (height, width). Pipelines take their default levels from here.
-        in_channels (`int`, *optional*): Always `image_channels`; in the config so that pipelines of diffusers draw
+    Args:
+        image_channels: Channels of the image. The network's first layer has more.
+        num_frequencies: L of eq. 7; the paper uses 6, so 24 channels.
+        use_coordinates: `False` is the paper's ablation (fig. 6): no coordinates at all.
+        resolutions: The sizes, low to high, that the network is trained at: an int for a square image or
+            (height, width). Pipelines take their default levels from here.
+        noise_window: Share of the noise process that the network is trained for above the lowest of its `resolutions`;
+            1.0 for all of it. Pipelines start no step from more noise there.
+        in_channels: `image_channels` or None. In the config it is `image_channels`, so that pipelines of diffusers draw
             noise of the right shape.
-        out_channels (`int`, *optional*): Defaults to `image_channels`.
+        out_channels: By default `image_channels`.
 
-    All other parameters are those of `UNet2DModel`. Height and width of a sample must be multiples of
+    All other arguments are those of `UNet2DModel`. Height and width of a sample must be multiples of
     2 ** (len(block_out_channels) - 1).
+
+    Raises:
+        ValueError: for a setting out of range.
     """
+
+    presets = PRESETS
 
     @register_to_config
     def __init__(
@@ -227,6 +261,7 @@ class CoordinateUNet2DModel(KeepsSource, UNet2DModel):
         class_embed_type: str | None = None,
         num_class_embeds: int | None = None,
         num_train_timesteps: int | None = None,
+        noise_window: float = 1.0,
     ):
         if image_channels < 1:
             raise ValueError(f"image_channels={image_channels}: expected 1 or more")
@@ -234,6 +269,8 @@ class CoordinateUNet2DModel(KeepsSource, UNet2DModel):
             raise ValueError(f"num_frequencies={num_frequencies}: expected 1 or more (use_coordinates=False for none)")
         if in_channels not in (None, image_channels):
             raise ValueError(f"in_channels={in_channels}: expected image_channels={image_channels} or None")
+        if not 0 < noise_window <= 1:
+            raise ValueError(f"noise_window={noise_window}: expected a number in (0, 1]")
         if center_input_sample:
             raise ValueError("center_input_sample=True: expected False; samples are already in [-1, 1]")
         out_channels = image_channels if out_channels is None else out_channels
@@ -241,56 +278,34 @@ class CoordinateUNet2DModel(KeepsSource, UNet2DModel):
             resolutions = [tuple(size) if isinstance(size, (list, tuple)) else int(size) for size in resolutions]
             sample_size = resolutions[-1] if sample_size is None else sample_size
         super().__init__(
-            sample_size=sample_size,
-            in_channels=image_channels + (4 * num_frequencies if use_coordinates else 0),
-            out_channels=out_channels,
-            time_embedding_type=time_embedding_type,
-            time_embedding_dim=time_embedding_dim,
-            freq_shift=freq_shift,
-            flip_sin_to_cos=flip_sin_to_cos,
-            down_block_types=down_block_types,
-            mid_block_type=mid_block_type,
-            up_block_types=up_block_types,
-            block_out_channels=block_out_channels,
-            layers_per_block=layers_per_block,
-            mid_block_scale_factor=mid_block_scale_factor,
-            downsample_padding=downsample_padding,
-            downsample_type=downsample_type,
-            upsample_type=upsample_type,
-            dropout=dropout,
-            act_fn=act_fn,
-            attention_head_dim=attention_head_dim,
-            norm_num_groups=norm_num_groups,
-            attn_norm_num_groups=attn_norm_num_groups,
-            norm_eps=norm_eps,
-            resnet_time_scale_shift=resnet_time_scale_shift,
-            add_attention=add_attention,
-            class_embed_type=class_embed_type,
-            num_class_embeds=num_class_embeds,
-            num_train_timesteps=num_train_timesteps,
+            **unet_arguments(
+                self,
+                sample_size=sample_size,
+                in_channels=image_channels + (4 * num_frequencies if use_coordinates else 0),
+                out_channels=out_channels,
+            )
         )
-        # The parent registered its own view of these (27 input channels); users and stock pipelines mean the image's.
+        # The parent registered its own view of these, 27 input channels. Users and stock pipelines mean the image's.
         self.register_to_config(
             in_channels=image_channels, out_channels=out_channels, resolutions=resolutions, sample_size=sample_size
         )
         self._encodings: dict[tuple, torch.Tensor] = {}  # of whole images, by size, device and type
         self._last_window: tuple | None = None  # the last coordinates that were given, and their encoding
 
-    @classmethod
-    def from_preset(cls, name: str, **overrides) -> "CoordinateUNet2DModel":
-        """A network by name, e.g. `from_preset("small", image_channels=1)`. Raises `ValueError` for an unknown name."""
-        if name not in PRESETS:
-            raise ValueError(f"name={name!r}: expected one of {sorted(PRESETS)}")
-        return cls(**{**PRESETS[name], **overrides})
-
     @staticmethod
-    def coordinate_grid(height: int, width: int, box=(0.0, 0.0, 1.0, 1.0), device=None) -> torch.Tensor:
+    def coordinate_grid(
+        height: int,
+        width: int,
+        box: tuple[float, float, float, float] | torch.Tensor = (0.0, 0.0, 1.0, 1.0),
+        device: str | torch.device | None = None,
+    ) -> torch.Tensor:
         """
         Row and column of every pixel centre of a window, as fractions of the whole image.
 
         Args:
             height, width: Size of the window in pixels.
             box: (top, left, bottom, right) of the window in the whole image, each in [0, 1]; or a tensor [B, 4].
+            device: Of the grid.
 
         Returns:
             float32 [2, height, width] (row, column); [B, 2, height, width] for a tensor of boxes. Pixel k of N lies at
@@ -326,25 +341,33 @@ class CoordinateUNet2DModel(KeepsSource, UNet2DModel):
 
     def _encoding(self, sample: torch.Tensor, coordinates: torch.Tensor | None) -> torch.Tensor:
         """The encoded grid for `sample`, [1 or B, 4L, H, W]; kept, so that a step of a loop pays nothing for it."""
-        height, width = sample.shape[-2:]
-        compiling = torch.compiler.is_compiling()
         if coordinates is None:
-            key = (height, width, sample.device, sample.dtype)
-            encoding = None if compiling else self._encodings.get(key)
-            if encoding is None:
-                device = sample.device if compiling else None  # made on the CPU, a GPU need not wait for the box
-                grid = self.coordinate_grid(height, width, device=device)[None]
-                encoding = self.encode_coordinates(grid).to(sample.device, sample.dtype)
-                if not compiling:
-                    if len(self._encodings) >= 16:
-                        self._encodings.clear()
-                    self._encodings[key] = encoding
-            return encoding
-
+            return self._whole_image_encoding(sample)
+        height, width = sample.shape[-2:]
         if coordinates.shape[1:] != (2, height, width) or coordinates.shape[0] not in (1, sample.shape[0]):
             raise ValueError(
                 f"coordinates of shape {tuple(coordinates.shape)}: expected {(sample.shape[0], 2, height, width)}"
             )
+        return self._window_encoding(sample, coordinates)
+
+    def _whole_image_encoding(self, sample: torch.Tensor) -> torch.Tensor:
+        """Kept by size, device and type."""
+        compiling = torch.compiler.is_compiling()
+        key = (*sample.shape[-2:], sample.device, sample.dtype)
+        encoding = None if compiling else self._encodings.get(key)
+        if encoding is None:
+            device = sample.device if compiling else None  # made on the CPU, a GPU need not wait for the box
+            grid = self.coordinate_grid(*sample.shape[-2:], device=device)[None]
+            encoding = self.encode_coordinates(grid).to(sample.device, sample.dtype)
+            if not compiling:
+                if len(self._encodings) >= 16:
+                    self._encodings.clear()
+                self._encodings[key] = encoding
+        return encoding
+
+    def _window_encoding(self, sample: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
+        """Kept for the last coordinates that were given, as long as nobody writes into them."""
+        compiling = torch.compiler.is_compiling()
         version = None if compiling or coordinates.is_inference() else coordinates._version
         if not compiling and self._last_window is not None:
             last, last_version, encoding = self._last_window
@@ -372,7 +395,7 @@ class CoordinateUNet2DModel(KeepsSource, UNet2DModel):
             timestep: A number or [B], 0 to num_train_timesteps - 1.
             coordinates: [B, 2, H, W] in [0, 1], see `coordinate_grid`; by default `sample` is the whole image.
             class_labels: [B], if the network has a class embedding.
-            return_dict: Whether to return a `UNet2DOutput` or a tuple.
+            return_dict: False for a tuple instead of a `UNet2DOutput`.
 
         Returns:
             The prediction, [B, out_channels, H, W].

@@ -1,0 +1,31 @@
+"""Checks of the settings of networks and schedulers. Each raises `ValueError` with name, value and what is accepted."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+
+def check_choices(settings: Mapping, choices: Mapping[str, Sequence]) -> None:
+    """Each setting that `choices` names must have one of the values there."""
+    for name, accepted in choices.items():
+        if settings[name] not in accepted:
+            raise ValueError(f"{name}={settings[name]!r}: expected one of {tuple(accepted)}")
+
+
+def is_whole(value) -> bool:
+    """True for a whole number; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_whole(settings: Mapping, *names: str, optional: bool = False) -> None:
+    """Each of these settings must be a whole number from 1 up, or None if that is allowed."""
+    for name in names:
+        value = settings[name]
+        if not (is_whole(value) and value >= 1 or optional and value is None):
+            raise ValueError(f"{name}={value!r}: expected a whole number from 1 up{' or None' * optional}")
+
+
+def check_positive(settings: Mapping, *names: str) -> None:
+    """Each of these settings must be a finite number above 0."""
+    for name in names:
+        if not 0 < settings[name] < math.inf:
+            raise ValueError(f"{name}={settings[name]}: expected a finite number above 0")
