@@ -165,12 +165,12 @@ def read_arms(path: str | None) -> dict[str, dict]:
     if path is None:
         return {}
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        arms = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"--arms: {path!r} cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict) or not all(isinstance(arguments, dict) for arguments in found.values()):
+    if not isinstance(arms, dict) or not all(isinstance(arguments, dict) for arguments in arms.values()):
         raise ValueError(f"--arms: {path!r}: expected {{name: {{argument of the call: value}}}}")
-    return found
+    return arms
 
 
 def choose_arms(task: "Task", further: Mapping[str, dict], options: BenchSettings) -> "dict[str, Arm]":

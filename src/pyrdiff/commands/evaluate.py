@@ -114,13 +114,13 @@ def check_resolution(settings: object) -> None:
 
 def stems(source: "ImageSource", folder: str) -> dict[str, int]:
     """Index of each image by its path below the folder, without the suffix."""
-    found = {}
+    indices = {}
     for index, name in enumerate(source.names):
         stem = Path(name).relative_to(folder).with_suffix("").as_posix()
-        if stem in found:
+        if stem in indices:
             raise ValueError(f"{folder}: has two images called {stem!r}; expected one of each name with --paired")
-        found[stem] = index
-    return found
+        indices[stem] = index
+    return indices
 
 
 def compare_pairs(settings: EvaluateSettings, device: "torch.device") -> "list[Score]":
@@ -171,8 +171,8 @@ def open_pairs(settings: EvaluateSettings) -> "tuple[list[ImageSource], list[dic
             raise ValueError(f"{folder!r} is no folder: expected folders of images with --paired")
     sources = [open_source(Path(folder)) for folder in folders]
     names = [stems(source, folder) for source, folder in zip(sources, folders, strict=True)]
-    for folder, found in zip(folders, names, strict=True):
-        odd = sorted(set(found) ^ set(names[0]))
+    for folder, known in zip(folders, names, strict=True):
+        odd = sorted(set(known) ^ set(names[0]))
         if odd:
             raise ValueError(f"{folders[0]}, {folder}: {len(odd)} names are in one only, such as {odd[0]!r}")
     sizes = [sizes_of(source) for source in sources]
@@ -226,12 +226,12 @@ def compare_sets(settings: EvaluateSettings, device: "torch.device") -> "list[Sc
         generated = sample(settings, None if settings.resolution else sizes.pop(), device)
 
     def features(source: "ImageSource") -> torch.Tensor:
-        found = []
+        batches = []
         for start in range(0, len(source), settings.batch_size):
             indices = range(start, min(start + settings.batch_size, len(source)))
             images = [read_image(source, index, network.channels, settings.size) for index in indices]
-            found.append(network(image_tensor(images, network.channels), data_range=UNIT))
-        return torch.cat(found)
+            batches.append(network(image_tensor(images, network.channels), data_range=UNIT))
+        return torch.cat(batches)
 
     comparison = metrics.SetComparison(features(reference), network, settings.resamples)
     return comparison.scores(features(generated), settings.metrics)

@@ -64,8 +64,8 @@ def main(args: list[str]) -> dict:
     for name, plan in plans.items():
         laid_out = pipeline.plan(plan=plan)
         calls = [len(level.timesteps) for level in laid_out.levels]
-        each = 1000 * costs.predict(pipeline, plan) / costs.batch_size
-        rows[name] = {"plan": plan, "calls": calls, "nfe_eq": laid_out.nfe_eq, "ms_per_image": each}
+        milliseconds = 1000 * costs.predict(pipeline, plan) / costs.batch_size
+        rows[name] = {"plan": plan, "calls": calls, "nfe_eq": laid_out.nfe_eq, "ms_per_image": milliseconds}
         distance = ""
         if quality is not None:
             rows[name] |= {"distance": quality[name], "interval": intervals.get(name)}
@@ -73,7 +73,7 @@ def main(args: list[str]) -> dict:
             if name in intervals:
                 distance += " [{:.4g}, {:.4g}]".format(*intervals[name])
         calls = "/".join(map(str, calls))
-        print(f"  {name:<40} {calls:<14} {laid_out.nfe_eq:>8.2f} NFE-eq {each:>10.1f} ms an image{distance}")
+        print(f"  {name:<40} {calls:<14} {laid_out.nfe_eq:>8.2f} NFE-eq {milliseconds:>10.1f} ms an image{distance}")
     chosen = None
     if settings.budget_ms is not None or settings.target is not None:
         chosen = choose(pipeline, costs, plans, settings.budget_ms, quality, settings.target, intervals)

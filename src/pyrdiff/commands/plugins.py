@@ -17,24 +17,24 @@ class PluginsSettings:
 
 def main(args: list[str]) -> dict:
     parse(PluginsSettings, __doc__, args, prog="pyrdiff plugins")
-    found = []
+    rows = []
     for plugin in plugins():
         names, error = [], plugin.error
         if plugin.method is not None:
             try:
                 own = plugin.method.classes()
-                names = [each.__name__ for each in own]
-                taken = [name for name, each in zip(names, own, strict=True) if classes()[name] is not each]
+                names = [kind.__name__ for kind in own]
+                taken = [name for name, kind in zip(names, own, strict=True) if classes()[name] is not kind]
                 error = f"another method has classes of these names: {taken}" if taken else None
             except Exception as failed:  # code of others
                 error = f"its classes: {type(failed).__name__}: {' '.join(str(failed).split())}"
         summary = plugin.method.summary if plugin.method else None
         row = {"name": plugin.name, "package": plugin.package, "version": plugin.version, "module": plugin.module}
-        found.append({**row, "summary": summary, "classes": names, "error": error})
+        rows.append({**row, "summary": summary, "classes": names, "error": error})
         print(f"{plugin.name:<13} {plugin.package} {plugin.version} ({plugin.module})")
         print(f"{'':<14}{summary}" if summary else f"{'':<14}failed to load: {error}")
         if summary:
             print(f"{'':<14}" + (f"failed: {error}" if error else ", ".join(names)))
-    failed = sum(row["error"] is not None for row in found)
-    print(f"{len(found) - failed} methods in the entry-point group {GROUP}, {failed} failed")
-    return {"plugins": found, "exit_code": 1 if failed else 0}
+    failed = sum(row["error"] is not None for row in rows)
+    print(f"{len(rows) - failed} methods in the entry-point group {GROUP}, {failed} failed")
+    return {"plugins": rows, "exit_code": 1 if failed else 0}

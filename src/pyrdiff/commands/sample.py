@@ -231,7 +231,7 @@ def main(args: list[str]) -> dict:
     }
     write_json(report, folder / "report.json")
     if files and settings.grid is not None:
-        write_grid([folder / each["file"] for each in files[:IN_GRID]], Path(settings.grid))
+        write_grid([folder / file["file"] for file in files[:IN_GRID]], Path(settings.grid))
     counts = ", ".join(f"{count} {name}" for name, count in report["counts"].items())
     print(f"{counts}, in {seconds:.1f} s: {folder}")
     return {**report, "exit_code": code}

@@ -63,7 +63,7 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
     if not folder.is_dir():
         raise ValueError(f"folder={str(folder)!r}: expected a folder of images")
 
-    found = []
+    paths = []
 
     def walk(path: Path, parents: frozenset[str]) -> None:
         real = os.path.realpath(path)
@@ -75,12 +75,12 @@ def list_images(folder: str | os.PathLike) -> list[Path]:
             if entry.is_dir():
                 walk(entry, parents | {real})
             elif entry.suffix.lower() in _extensions() and (entry.is_file() or entry.is_symlink()):
-                found.append(entry)
+                paths.append(entry)
 
     walk(folder, frozenset())
-    if not found:
+    if not paths:
         raise ValueError(f"folder={str(folder)!r} has no image: expected files such as .png, .jpg, .webp, .tif")
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+    return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def decode_image(

@@ -282,17 +282,17 @@ def _choose_array(arrays: np.lib.npyio.NpzFile, array_key: str | None, path: Pat
             raise ValueError(f"array_key={array_key!r}: {expected}")
         return array_key, arrays[array_key]
 
-    found = {}
+    images = {}
     for key in arrays.files:
         try:
             array = arrays[key]
         except ValueError:  # an array of Python objects, which is never unpickled
             continue
         if _is_image_array(array):
-            found[key] = array
-    if len(found) != 1:
-        raise ValueError(f"array_key=None, but {len(found)} arrays are {ARRAY_SHAPES}: {expected}")
-    return found.popitem()
+            images[key] = array
+    if len(images) != 1:
+        raise ValueError(f"array_key=None, but {len(images)} arrays are {ARRAY_SHAPES}: {expected}")
+    return images.popitem()
 
 
 def _open_hub(name: str, config: str | None, split: str, column: str | None) -> HubImages:

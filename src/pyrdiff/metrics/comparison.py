@@ -53,20 +53,20 @@ class SetComparison:
             generated: Features [M, D], two or more.
             metrics: Which, in this order.
         """
-        found = []
+        scores = []
         for name in metrics:
             if name == "frechet_distance":
                 result = frechet_distance(self.real, generated, features=self.network)
                 interval = interval_of(*distance_statistic(self._statistics, generated), self.resamples)
-                found.append(Score(result, interval, False))
+                scores.append(Score(result, interval, False))
             elif name == "kid":
                 result = kid(self.real, generated, features=self.network)
-                found.append(Score(result, interval_of(self._kernel.distance, generated, self.resamples), False))
+                scores.append(Score(result, interval_of(self._kernel.distance, generated, self.resamples), False))
             else:
                 precision, recall = precision_recall(self.real, generated, features=self.network)
-                found.append(score_of_mean(precision, self.resamples, True))
-                found.append(Score(recall, None, True))  # its values are those of real images
-        return found
+                scores.append(score_of_mean(precision, self.resamples, True))
+                scores.append(Score(recall, None, True))  # its values are those of real images
+        return scores
 
 
 def score_of_mean(result: MetricResult, resamples: int, higher_is_better: bool) -> Score:

@@ -121,7 +121,7 @@ def frechet_distance(
         ValueError: for wrong shapes or values, or fewer than two of either.
     """
     real, generated, conventions, label = _features_of(real, generated, features, data_range)
-    ours, theirs = (FeatureStatistics(part.shape[1], part.device).update(part) for part in (real, generated))
+    ours, theirs = (FeatureStatistics(sample.shape[1], sample.device).update(sample) for sample in (real, generated))
     conventions["covariance"] = "N - 1 in the denominator"
     return MetricResult(NAMES.get(label, f"FD-{label}"), ours.distance(theirs), None, conventions)
 
@@ -162,7 +162,7 @@ def kid(
         if generator is None:
             raise ValueError("generator=None with subsets: expected a torch.Generator")
         chosen = [
-            [part[torch.randperm(len(part), generator=generator)[:subset_size]] for part in (real, generated)]
+            [rows[torch.randperm(len(rows), generator=generator)[:subset_size]] for rows in (real, generated)]
             for _ in range(subsets)
         ]
         value = sum(_mmd(*pair) for pair in chosen) / subsets
@@ -221,9 +221,9 @@ def precision_recall(
     results = []
     for name, manifold, points in (("precision", real, generated), ("recall", generated, real)):
         radius = torch.cat(
-            [part.kthvalue(k + 1, dim=1).values for part in _square_distances(manifold, manifold)]
+            [distances.kthvalue(k + 1, dim=1).values for distances in _square_distances(manifold, manifold)]
         )  # the nearest is the point itself
-        inside = [(part <= radius + slack).any(1) for part in _square_distances(points, manifold)]
+        inside = [(distances <= radius + slack).any(1) for distances in _square_distances(points, manifold)]
         inside = torch.cat(inside).double().cpu()
         results.append(MetricResult(name, inside.mean().item(), inside, dict(conventions)))
     return results[0], results[1]
@@ -279,7 +279,7 @@ def bootstrap_interval(
         chosen = torch.randint(len(sample), (len(sample),), generator=generator)
         values[index] = float(statistic(sample[chosen.to(sample.device)]))
     centre = figure if target == "limit" else values.mean().item()
-    low, high = (values.quantile(part).item() for part in ((1 - level) / 2, (1 + level) / 2))
+    low, high = (values.quantile(share).item() for share in ((1 - level) / 2, (1 + level) / 2))
     return figure - (high - centre), figure + (centre - low)
 
 
@@ -288,7 +288,7 @@ def _features_of(
 ) -> tuple[Tensor, Tensor, dict, str]:
     """Float64 features [N, D] and [M, D], the conventions so far, and the network's name."""
     conventions, label = {}, "features"
-    images = any(part.ndim == 4 for part in (real, generated))
+    images = any(given.ndim == 4 for given in (real, generated))
     if (data_range is not None) != images or (images and network is None):
         raise ValueError(
             f"features, data_range={getattr(network, 'name', None)} and {data_range!r} for {list(real.shape)} and "
@@ -298,16 +298,16 @@ def _features_of(
         label = network.name
         conventions["features"] = dict(network.conventions)
     if images:
-        sizes = [tuple(part.shape[-2:]) for part in (real, generated)]
+        sizes = [tuple(given.shape[-2:]) for given in (real, generated)]
         if sizes[0] != sizes[1]:
             raise ValueError(f"real, generated of sizes {sizes[0]} and {sizes[1]}: expected one size")
         conventions |= {"data_range": list(check_range(data_range)), "image_size": list(sizes[0])}
-        real, generated = (network(part, data_range=data_range) for part in (real, generated))
-    for name, part in (("real", real), ("generated", generated)):
-        shaped = part.ndim == 2 and part.is_floating_point() and part.shape[1] > 0
-        if not shaped or len(part) < 2 or not part.isfinite().all():
+        real, generated = (network(given, data_range=data_range) for given in (real, generated))
+    for name, given in (("real", real), ("generated", generated)):
+        shaped = given.ndim == 2 and given.is_floating_point() and given.shape[1] > 0
+        if not shaped or len(given) < 2 or not given.isfinite().all():
             raise ValueError(
-                f"{name}={part.dtype} {list(part.shape)}: expected two or more finite float features [N, D], "
+                f"{name}={given.dtype} {list(given.shape)}: expected two or more finite float features [N, D], "
                 "or images with features="
             )
     if real.shape[1] != generated.shape[1]:
@@ -330,8 +330,8 @@ def _mean_kernel(a: Tensor) -> Tensor:
 
 def _kernel_sum(a: Tensor, b: Tensor) -> Tensor:
     result = 0.0
-    for part in a.split(CHUNK):
-        kernel = part @ b.T / b.shape[1] + 1
+    for rows in a.split(CHUNK):
+        kernel = rows @ b.T / b.shape[1] + 1
         result += (kernel * kernel * kernel).sum()
     return result
 
@@ -339,5 +339,5 @@ def _kernel_sum(a: Tensor, b: Tensor) -> Tensor:
 def _square_distances(a: Tensor, b: Tensor):
     """|a_i - b_j|² in chunks of rows of a, [at most CHUNK, len(b)] each."""
     norms = b.square().sum(1)
-    for part in a.split(CHUNK):
-        yield (part.square().sum(1, keepdim=True) + norms - 2 * part @ b.T).clamp(min=0)
+    for rows in a.split(CHUNK):
+        yield (rows.square().sum(1, keepdim=True) + norms - 2 * rows @ b.T).clamp(min=0)

@@ -31,8 +31,8 @@ class ImageMetric(evaluate.Metric):
     def _compute(self, predictions: Sequence, references: Sequence, **settings: object) -> dict:
         _needs(settings, "data_range")
         pairs = zip(predictions, references, strict=True)
-        found = [self.measure(*(_tensor(part)[None] for part in pair), **settings) for pair in pairs]
-        return _report(combine(found))
+        results = [self.measure(*(_tensor(image)[None] for image in pair), **settings) for pair in pairs]
+        return _report(combine(results))
 
 
 class DistributionMetric(evaluate.Metric):
@@ -59,8 +59,8 @@ class DistributionMetric(evaluate.Metric):
         if self.config_name == "images":
             _needs(settings, "data_range", "features")
         sets = [torch.stack([_tensor(row) for row in rows if len(row)]) for rows in (references, predictions)]
-        found = self.measure(*sets, **settings)
-        return _report(*found) if isinstance(found, tuple) else _report(found)
+        result = self.measure(*sets, **settings)
+        return _report(*result) if isinstance(result, tuple) else _report(result)
 
 
 def _info(description: str, inputs: str, depth: int) -> evaluate.MetricInfo:

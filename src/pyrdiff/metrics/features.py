@@ -80,11 +80,11 @@ class ImageFeatures:
             raise ValueError(
                 f"images of {list(images.shape[-2:])}: expected sides of {self.smallest} or more for {self.name}"
             )
-        found = []
-        for part in images.split(self.batch_size):
-            part = to_unit(part.to(self.device), data_range, torch.float32).expand(-1, self.channels, -1, -1)
-            found.append(self.network(part).float())
-        return torch.cat(found).to(images.device)
+        batches = []
+        for batch in images.split(self.batch_size):
+            batch = to_unit(batch.to(self.device), data_range, torch.float32).expand(-1, self.channels, -1, -1)
+            batches.append(self.network(batch).float())
+        return torch.cat(batches).to(images.device)
 
 
 def open_features(
@@ -156,8 +156,8 @@ def _resize_tensorflow(images: Tensor, side: int) -> Tensor:
         place = torch.arange(side, dtype=torch.float32, device=images.device) * (size / side)
         below = place.long()
         above = (below + 1).clamp(max=size - 1)
-        part = (place - below).reshape((-1, 1) if axis == 2 else (1, -1))
-        images = images.index_select(axis, below).lerp(images.index_select(axis, above), part)
+        share = (place - below).reshape((-1, 1) if axis == 2 else (1, -1))
+        images = images.index_select(axis, below).lerp(images.index_select(axis, above), share)
     return images
 
 

@@ -58,8 +58,8 @@ def lpips(
 
     def taps(images: Tensor) -> list[Tensor]:
         images = 2 * to_unit(images, data_range, torch.float32).expand(-1, 3, -1, -1) - 1
-        found = NETWORKS[trunk](state, (images - shift) / scale)
-        return [tap / (tap.square().sum(1, keepdim=True).sqrt() + 1e-10) for tap in found]
+        activations = NETWORKS[trunk](state, (images - shift) / scale)
+        return [tap / (tap.square().sum(1, keepdim=True).sqrt() + 1e-10) for tap in activations]
 
     distances = []
     for pair in zip(prediction.split(batch_size), target.split(batch_size), strict=True):

@@ -193,7 +193,7 @@ def _circumstances(pipeline: DiffusionPipeline, batch_size: int) -> dict:
     dtype = f"{torch.get_autocast_dtype(device.type)} autocast" if autocast else str(unet.dtype)
     config = {name: value for name, value in unet.config.items() if not name.startswith("_")}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:8]
-    parameters = sum(part.numel() for part in unet.parameters())
+    parameters = sum(tensor.numel() for tensor in unet.parameters())
     return {
         "batch_size": batch_size,
         "device": device_name(device),

@@ -164,7 +164,7 @@ def _upscale(session: Session) -> None:
                 yield _progress(event), gr.skip(), gr.skip()
                 continue
             image = event.images[0]
-            views = tuple(_view(each) for each in (event.before, image))
+            views = tuple(_view(picture) for picture in (event.before, image))
             path = _save(image, owner, f"{Path(file).stem}_{image.width}x{image.height}.png")
             label = f"Before (bicubic) and after, {image.width}×{image.height}"
             done = _done(event, f"{image.width}×{image.height} pixels")
@@ -217,15 +217,15 @@ def _compare(session: Session) -> None:
             status, shown = _outputs("Every plan starts from the same seed. One call before the first warms up.")
 
     def handle(owner, chosen, values, count, seed, file, factor, tile):
-        found: list[Result] = []
+        results: list[Result] = []
         for event in session.compare(chosen, argument, values, count, seed, file, factor, tile, owner=owner):
             if isinstance(event, Progress):
-                yield _progress(event), gr.skip() if found else ""
+                yield _progress(event), gr.skip() if results else ""
             else:
-                found.append(event)
-                yield gr.skip(), _rows([(_cost(each, each.name), each.images) for each in found])
-        notes = "; ".join(found[0].notes)
-        yield _status(f"{len(found)} compared" + (f"; {notes}" if notes else "")), gr.skip()
+                results.append(event)
+                yield gr.skip(), _rows([(_cost(result, result.name), result.images) for result in results])
+        notes = "; ".join(results[0].notes)
+        yield _status(f"{len(results)} compared" + (f"; {notes}" if notes else "")), gr.skip()
 
     _wire(session, run, cancel, handle, [chosen, values, count, seed, file, factor, tile], [status, shown])
     if not session.generates:

@@ -56,9 +56,9 @@ class Session:
         self.enlarger = enlarger if self.generates else pipeline
         self.has_trajectory = self.generates and "return_trajectory" in parameters(pipeline)
         self.compares = hasattr(pipeline, "plan") or bool({"num_inference_steps", "num_passes"} & {*self.steps()})
-        for each in (self.pipeline, self.enlarger):
-            if hasattr(each, "set_progress_bar_config"):
-                each.set_progress_bar_config(disable=True)
+        for used in (self.pipeline, self.enlarger):
+            if hasattr(used, "set_progress_bar_config"):
+                used.set_progress_bar_config(disable=True)
         self._lock, self._run = threading.Lock(), None
 
     @classmethod
@@ -115,11 +115,11 @@ class Session:
         pipeline = self.pipeline if pipeline is None else pipeline
         if "plan" not in parameters(pipeline):
             return {}
-        found = {}
+        costs = {}
         for name in getattr(pipeline.config, "plans", None) or {}:
             levels = self._levels(pipeline, {"plan": name})
-            found[name] = " + ".join(str(len(level.timesteps)) for level in levels) + " calls" if levels else ""
-        return found
+            costs[name] = " + ".join(str(len(level.timesteps)) for level in levels) + " calls" if levels else ""
+        return costs
 
     def steps(self, pipeline: DiffusionPipeline | None = None) -> dict[str, int | None]:
         """{argument: default} of those arguments of a call that say how many steps it takes."""
@@ -132,11 +132,11 @@ class Session:
         if not hasattr(pipeline, "plan"):
             return []
         takes = inspect.signature(pipeline.plan).parameters
-        if any(each.default is inspect.Parameter.empty for each in takes.values()):
+        if any(argument.default is inspect.Parameter.empty for argument in takes.values()):
             return []
         plan = pipeline.plan(**{name: value for name, value in arguments.items() if name in takes})
         levels = getattr(plan, "levels", [])
-        return list(levels) if all(hasattr(each, "size") and hasattr(each, "timesteps") for each in levels) else []
+        return list(levels) if all(hasattr(level, "size") and hasattr(level, "timesteps") for level in levels) else []
 
     # What it does.
 
