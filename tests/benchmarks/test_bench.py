@@ -201,28 +201,16 @@ def test_an_arm_from_a_file_with_its_memory(folder):
         }
     }
     (folder / "arms.json").write_text(json.dumps(extra))
-    flags = ["--phase", "memory", "--only", "mine", "DDIM 20", "--arms", str(folder / "arms.json")]
-    flags += ["--batch_size", "64"]
-    found = run(folder, "mine.json", *flags)
-    assert list(found["arms"]) == ["DDIM 20", "mine"] and found["arms"]["mine"]["nfe_eq"] == 6 / 16 + 2 / 4 + 2
+    flags = ["--only", "mine", "--arms", str(folder / "arms.json")]
+    found = run(folder, "mine.json", *flags, "--phase", "memory", "--batch_size", "64")
+    assert list(found["arms"]) == ["mine"] and found["arms"]["mine"]["nfe_eq"] == 6 / 16 + 2 / 4 + 2
     shown = bench.table(found)
     header, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in shown.splitlines()[2:]]
     peaks = {row[0]: int(row[header.index("peak, MiB")]) for row in rows}
     assert min(peaks.values()) >= 2, "64 images in 8 channels at 16x16 are 0.5 MiB, and a block holds several"
     assert {name: round(row["memory"] / 2**20) for name, row in found["arms"].items()} == peaks
     assert "Memory: peak resident, in a process of its own, above the loaded model" in shown
-    slow = run(
-        folder,
-        "mine.json",
-        "--phase",
-        "time",
-        "--only",
-        "mine",
-        "--arms",
-        str(folder / "arms.json"),
-        "--slow_seconds",
-        "0",
-    )
+    slow = run(folder, "mine.json", *flags, "--phase", "time", "--slow_seconds", "0")
     assert "memory" in slow["arms"]["mine"], "kept from the earlier phase"
     assert [len(part["values"]) for part in slow["arms"]["mine"]["seconds"].values()] == [1], "once, at batch 1"
 
