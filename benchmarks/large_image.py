@@ -44,7 +44,8 @@ def measure(options) -> dict:
 
     import pyrdiff
     from pyrdiff.metrics import psnr
-    from pyrdiff.pipelines.pipeline_guided_sr import WindowedNetwork
+    from pyrdiff.parts.levels import padded_grid
+    from pyrdiff.parts.windows import Tiling, WindowedNetwork
 
     torch.set_num_threads(options.threads)
     cuda = torch.cuda.is_available()
@@ -87,17 +88,21 @@ def measure(options) -> dict:
         peak = int(fields["VmHWM"].split()[0]) / 2**20
 
     # What a step with guidance costs, in network calls of the same size.
-    network = WindowedNetwork(pipeline._network, pipeline._size_multiple(), None, None)
+    multiple = pipeline._size_multiple
+    network = WindowedNetwork(pipeline._predict, multiple, None)
     sample = torch.randn(8, pipeline.unet.config.image_channels, 64, 64, device=device)
+    grid = padded_grid(64, 64, multiple).to(device)
     noise_time, costs = torch.tensor(100, device=device), {"forward": [], "gradient": []}
     pipeline.unet.requires_grad_(False)
     for turn in range(options.turns + 1):
         for kind in costs:
             began = time.perf_counter()
             with torch.no_grad():
-                output = network.predict(sample, noise_time, keep_graph=kind == "gradient")
-                if kind == "gradient":
-                    network.pull(output)
+                if kind == "forward":
+                    network.predict(sample, noise_time, grid)
+                else:
+                    prediction = network.differentiate(sample, noise_time, grid)
+                    prediction.pull(prediction.output)
             if cuda:
                 torch.cuda.synchronize()
             if turn:
@@ -107,10 +112,10 @@ def measure(options) -> dict:
     whole, _, _ = run(middle(options.small_side))
     agreement = psnr(small, whole, data_range=(0, 1)).value
 
-    network = WindowedNetwork(pipeline._network, pipeline._size_multiple(), *pipeline._tiling(options.tile, None))
-    network.padded = network.sample = image
+    network = WindowedNetwork(pipeline._predict, multiple, Tiling.checked(options.tile, None, multiple))
     # Where windows begin and end, and in the middle of what neighbours share, where they have as much weight each.
-    edges = sorted({(window[axis].start, window[axis].stop) for window in network._windows() for axis in (0, 1)})
+    sides = [side for window in network.windows(image) for side in (window.rows, window.columns)]
+    edges = sorted({(side.start, side.stop) for side in sides})
     seams = {start for start, _ in edges[1:]} | {stop for _, stop in edges[:-1]}
     seams |= {(stop + start) // 2 for (_, stop), (start, _) in zip(edges, edges[1:], strict=False)}
     ratios = {place: steps(image, [place]) for place in sorted(seams)}

@@ -1,7 +1,5 @@
 """Generation by the parallel trajectory (paper X): a structure, noise about it, and one network call from there."""
 
-import inspect
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +10,10 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import BaseOutput, logging
 
-from pyrdiff.parts.saving import StandaloneSaving
+from pyrdiff.parts.checks import Generators, check_count, check_generator, check_output_type, is_count
+from pyrdiff.parts.images import ImageInput, read_images
+from pyrdiff.parts.sampling import Images, SamplingPipeline, plain
+from pyrdiff.parts.steps import takes
 
 logger = logging.get_logger(__name__)
 
@@ -34,7 +35,30 @@ class ParallelTrajectoryPipelineOutput(BaseOutput):
     trajectory_steps: list[int] | None = None
 
 
-class ParallelTrajectoryPipeline(StandaloneSaving, DiffusionPipeline):
+@dataclass(frozen=True)
+class TrajectoryStart:
+    """
+    What a call begins with.
+
+    Args:
+        image: [B, C, H, W], clean in [epsilon, 1] at timestep 0, noisy at a later one; `None` for a draw.
+        timestep: Of the image.
+        latents: [B, Z] of the autoencoder, or `None`.
+        rows: Number of images.
+    """
+
+    image: torch.Tensor | None
+    timestep: int | None
+    latents: torch.Tensor | None
+    rows: int
+
+
+def _check_setting(owner: str, config, name: str, expected, whose: str) -> None:
+    if config[name] != expected:
+        raise ValueError(f"{owner} has {name}={config[name]}: expected the {whose}'s {expected}")
+
+
+class ParallelTrajectoryPipeline(SamplingPipeline, DiffusionPipeline):
     r"""
     Generates images in one network call, or refines them in a few; reconstructs and restores noisy ones.
 
@@ -49,7 +73,6 @@ class ParallelTrajectoryPipeline(StandaloneSaving, DiffusionPipeline):
 
     model_cpu_offload_seq = "autoencoder->unet"
     _optional_components = ["autoencoder"]
-    _callback_tensor_inputs = ["latents"]
     NO_STRUCTURE = 0.5
 
     def __init__(self, unet: ModelMixin, autoencoder: ModelMixin | None, scheduler: SchedulerMixin):
@@ -57,45 +80,23 @@ class ParallelTrajectoryPipeline(StandaloneSaving, DiffusionPipeline):
         self.register_modules(unet=unet, autoencoder=autoencoder, scheduler=scheduler)
         if not {"precondition", "prior_sample", "tied_noise"} <= set(dir(scheduler)):
             raise ValueError(f"scheduler={type(scheduler).__name__}: expected a PixelAwareScheduler")
-        config = self._plain(unet).config
-        if "structure" not in inspect.signature(self._plain(unet).forward).parameters:
-            raise ValueError(f"unet={type(self._plain(unet)).__name__}: expected a ParallelTrajectoryUNet2DModel")
+        network, steps = plain(unet), scheduler.config.num_train_timesteps
+        if not takes(network.forward, "structure"):
+            raise ValueError(f"unet={type(network).__name__}: expected a ParallelTrajectoryUNet2DModel")
+        config = network.config
         if config.use_structure != (autoencoder is not None):
             have = "no" if autoencoder is None else "an"
             raise ValueError(
                 f"unet has use_structure={config.use_structure}, with {have} autoencoder: expected both or none"
             )
-        if config.num_train_timesteps != scheduler.config.num_train_timesteps:
-            raise ValueError(
-                f"unet has num_train_timesteps={config.num_train_timesteps}: expected the scheduler's "
-                f"{scheduler.config.num_train_timesteps}"
-            )
-        if autoencoder is not None and autoencoder.config.epsilon != scheduler.config.epsilon:
-            raise ValueError(
-                f"autoencoder has epsilon={autoencoder.config.epsilon}: expected the scheduler's "
-                f"{scheduler.config.epsilon}"
-            )
-        if autoencoder is None and config.sample_size is None:
-            raise ValueError("unet has sample_size=None: expected a size, where there is no autoencoder to say it")
-        if autoencoder is not None and autoencoder.config.num_train_timesteps != len(scheduler):
-            raise ValueError(
-                f"autoencoder has num_train_timesteps={autoencoder.config.num_train_timesteps}: expected the "
-                f"scheduler's {len(scheduler)}"
-            )
-        if autoencoder is not None and autoencoder.config.image_channels != config.image_channels:
-            raise ValueError(
-                f"autoencoder has image_channels={autoencoder.config.image_channels}: expected the unet's "
-                f"{config.image_channels}"
-            )
-
-    @property
-    def num_timesteps(self) -> int:
-        """Network calls of the last run."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
+        _check_setting("unet", config, "num_train_timesteps", steps, "scheduler")
+        if autoencoder is None:
+            if config.sample_size is None:
+                raise ValueError("unet has sample_size=None: expected a size, where there is no autoencoder to say it")
+            return
+        _check_setting("autoencoder", autoencoder.config, "epsilon", scheduler.config.epsilon, "scheduler")
+        _check_setting("autoencoder", autoencoder.config, "num_train_timesteps", steps, "scheduler")
+        _check_setting("autoencoder", autoencoder.config, "image_channels", config.image_channels, "unet")
 
     @torch.no_grad()
     def __call__(
@@ -149,86 +150,91 @@ class ParallelTrajectoryPipeline(StandaloneSaving, DiffusionPipeline):
         Raises:
             ValueError: for arguments out of range, before any network call.
         """
-        # 1. Check.
-        scheduler = self.scheduler
+        scheduler, device = self.scheduler, self._execution_device
         mode = scheduler.config.mode if mode is None else mode
-        start = len(scheduler) if timestep in (None, 0) else timestep
-        self._check_inputs(
-            batch_size, mode, image, timestep, latents, generator, output_type,
-            callback_on_step_end_tensor_inputs,
-        )  # fmt: skip
+        first = len(scheduler) if timestep in (None, 0) else timestep
+        self._check_call(batch_size, mode, image, timestep, latents)
         scheduler._check_eta(scheduler.config.eta if eta is None else eta)
         scheduler._check_reading(reading)
-        times = self._times(num_passes, timesteps, start)
-        steps = self._trajectory_steps(return_trajectory, trajectory_steps, start)
-        given = None if image is None else self._image(image, timestep)
-        rows = batch_size if given is None and latents is None else len(given if latents is None else latents)
-        if isinstance(generator, list) and len(generator) != rows:
-            raise ValueError(f"generator has {len(generator)} entries: expected one, or one for each of {rows}")
-        self._interrupt, self._num_timesteps = False, len(times)
-        if mode == "paper":
-            if len(times) > 1:
-                raise ValueError(f"num_passes={len(times)} in mode='paper': expected 1")
-            return self._paper(given, timestep, reading, eta, steps, generator, output_type, return_dict)
+        times = self._times(num_passes, timesteps, first)
+        steps = self._trajectory_steps(return_trajectory, trajectory_steps, first)
+        start = self._start(batch_size, image, timestep, latents)
+        check_generator(generator, start.rows)
+        check_output_type(output_type)
+        self._check_callback_inputs(callback_on_step_end_tensor_inputs)
+        if mode == "paper" and len(times) > 1:
+            raise ValueError(f"num_passes={len(times)} in mode='paper': expected 1")
 
-        # 2. The structure: of a latent, or of the image.
-        device = self._execution_device
-        structure = self._structure(rows, given, timestep, latents, generator, device)
-
-        # 3. The start: noise about the structure, or the noisy image.
-        if given is None or timestep == 0:
-            sample = scheduler.prior_sample(structure, generator=generator)
-        else:
-            sample = given.to(device, torch.float32)
-        times = [*times, 0]
-
-        # 4. The passes: the clean estimate, the states that follow from it, and the step to the next pass.
-        lowest, states = scheduler.config.epsilon, []
-        with self.progress_bar(total=len(times) - 1) as progress:
-            for index, (time, next_time) in enumerate(zip(times, times[1:], strict=False)):
-                if self.interrupt:
-                    continue
+        states = []
+        with self._running(len(times), callback_on_step_end, callback_on_step_end_tensor_inputs) as run:
+            structure = self._structure(start, generator, device)
+            if mode == "paper":
+                sample, states = self._algorithm_1(start, structure, reading, eta, steps, generator)
+                sample, passes = run.after_step(first, sample), []
+            else:
+                sample, passes = self._begin(start, structure, generator), zip(times, [*times[1:], 0], strict=True)
+            for time, next_time in passes:
+                if run.interrupted:
+                    break
                 inner = [step for step in steps if next_time < step <= time]
-                network_input, skip, scale = scheduler.precondition(sample, time, structure)
-                heads = inner if self.unet.config.head != "tied" and inner else None
-                output = self._network(network_input, time, structure, heads)
-                clean = skip + scale * output.sample.float()
-                clean = clean.clamp(lowest, 1) if clip_sample else clean
+                clean, noises = self._pass(sample, time, structure, inner, clip_sample)
                 if inner:
-                    noises = output.noises
-                    if noises is None:
-                        noises = scheduler.tied_noise(sample, clean, time, inner, structure)
-                    states += scheduler.trajectory(clean, noises.float(), inner, structure)
+                    states += scheduler.trajectory(clean, noises, inner, structure)
                 sample = scheduler.step(
                     clean, time, sample, structure, prev_timestep=next_time, eta=eta, generator=generator
                 ).prev_sample
-                if callback_on_step_end is not None:
-                    tensors = {"latents": sample} if "latents" in callback_on_step_end_tensor_inputs else {}
-                    changed = callback_on_step_end(self, index, time, tensors) or {}
-                    sample = changed.pop("latents", sample)
-                progress.update()
+                sample = run.after_step(time, sample)
 
-        # 5. From [epsilon, 1] to what was asked for.
-        return self._output(sample, structure, states, steps, output_type, return_dict)
+        output = ParallelTrajectoryPipelineOutput(
+            images=self._to_output(sample, output_type),
+            structure=self._to_output(structure, output_type),
+            trajectory=[self._to_output(state, output_type) for state in states] if steps else None,
+            trajectory_steps=steps[: len(states)] or None,
+        )
+        if not return_dict:
+            return (output.images, output.structure, output.trajectory, output.trajectory_steps)
+        return output
+
+    def _begin(self, start: TrajectoryStart, structure: torch.Tensor, generator: Generators) -> torch.Tensor:
+        """Noise about the structure, or the noisy image."""
+        if start.image is None or start.timestep == 0:
+            return self.scheduler.prior_sample(structure, generator=generator)
+        return start.image.to(structure.device, torch.float32)
+
+    def _pass(
+        self, sample: torch.Tensor, time: int, structure: torch.Tensor, inner: list[int], clip_sample: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One network call: the clean estimate, and the noises at the `inner` steps, if there are any."""
+        scheduler = self.scheduler
+        network_input, skip, scale = scheduler.precondition(sample, time, structure)
+        heads = inner if self.unet.config.head != "tied" and inner else None
+        output = self._network(network_input, time, structure, heads)
+        clean = skip + scale * output.sample.float()
+        clean = clean.clamp(scheduler.config.epsilon, 1) if clip_sample else clean
+        if not inner:
+            return clean, None
+        noises = output.noises
+        if noises is None:
+            noises = scheduler.tied_noise(sample, clean, time, inner, structure)
+        return clean, noises.float()
 
     def _network(self, sample, timestep, structure, steps=None):
         """The network's output; a network without structure is not given one."""
         arguments = {"structure": structure.to(self.unet.dtype)} if self.unet.config.use_structure else {}
         return self.unet(sample.to(self.unet.dtype), timestep, steps=steps, **arguments)
 
-    def _structure(self, rows, image, timestep, latents, generator, device) -> torch.Tensor:
-        """What the rates follow, [rows, C, H, W] in [epsilon, 1]."""
+    def _structure(self, start: TrajectoryStart, generator: Generators, device: torch.device) -> torch.Tensor:
+        """What the rates follow, [B, C, H, W] in [epsilon, 1]: of the image, of the latents, or of a draw."""
         if self.autoencoder is None:
-            shape = (rows, self.unet.config.image_channels, *self._size())
-            return torch.full(shape if image is None else image.shape, self.NO_STRUCTURE, device=device)
-        if image is not None:
-            latents = self.autoencoder.encode(image.to(device, self.autoencoder.dtype), timestep)[0]
+            shape = (start.rows, self.unet.config.image_channels, *self._size())
+            return torch.full(shape, self.NO_STRUCTURE, device=device)
+        dtype, latents = self.autoencoder.dtype, start.latents
+        if start.image is not None:
+            latents = self.autoencoder.encode(start.image.to(device, dtype), start.timestep)[0]
         elif latents is None:
-            latents = self.autoencoder.sample_prior(rows, generator=generator)
-        structure = self.autoencoder.decode(latents.to(device, self.autoencoder.dtype)).float()
-        if self.autoencoder.config.output == "scale":
-            structure = self._from_scale(structure)
-        return structure
+            latents = self.autoencoder.sample_prior(start.rows, generator=generator)
+        structure = self.autoencoder.decode(latents.to(device, dtype)).float()
+        return self._from_scale(structure) if self.autoencoder.config.output == "scale" else structure
 
     def _from_scale(self, scale: torch.Tensor) -> torch.Tensor:
         """The image whose x_delta this is (eq. 7 solved for x_0), kept in [epsilon, 1]."""
@@ -236,15 +242,21 @@ class ParallelTrajectoryPipeline(StandaloneSaving, DiffusionPipeline):
         scale = scale.clamp(min=torch.finfo(torch.float32).tiny)
         return (-scale.log() / config.gamma - config.floor).clamp(config.epsilon, 1)
 
-    def _paper(self, image, timestep, reading, eta, steps, generator, output_type, return_dict):
-        """Algorithm 1: one call of each network, then line 9 for all j with the same predictions."""
-        scheduler, device = self.scheduler, self._execution_device
-        sample = image.to(device, torch.float32)
-        structure = self._structure(len(sample), image, timestep, None, generator, device)  # line 1
+    def _algorithm_1(
+        self,
+        start: TrajectoryStart,
+        structure: torch.Tensor,
+        reading: str,
+        eta: float | None,
+        steps: list[int],
+        generator: Generators,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Algorithm 1 as printed: one call of each network, then line 9 for all j. Returns sample and states."""
+        scheduler, timestep = self.scheduler, start.timestep
+        sample = start.image.to(structure.device, torch.float32)
         every = list(range(1, timestep + 1))
         if self.unet.config.target == "noise":  # line 5
-            scale = scheduler.image_scale(structure)
-            noises = self._network(sample, timestep, scale, every).noises.float()
+            noises = self._network(sample, timestep, scheduler.image_scale(structure), every).noises.float()
         else:
             network_input, skip, scale = scheduler.precondition(sample, timestep, structure)
             clean = skip + scale * self._network(network_input, timestep, structure).sample.float()
@@ -255,30 +267,19 @@ class ParallelTrajectoryPipeline(StandaloneSaving, DiffusionPipeline):
             f"a step adds is divided by sqrt(alpha_bar) in the end, here up to {gain:.2g} times at a pixel, and the "
             "result is mostly noise unless the predictions are exact. mode='structure' generates"
         )
-        states = []
         if not steps:
-            sample = scheduler.collapse(noises, sample, structure, reading, eta, generator)  # lines 6 to 12
-        else:
-            for step in range(timestep, 0, -1):
-                states += [sample] if step in steps else []
-                sample = scheduler.step_paper(noises[step - 1], step, sample, structure, reading, eta, generator)
-        return self._output(sample, structure, states, steps, output_type, return_dict)
+            return scheduler.collapse(noises, sample, structure, reading, eta, generator), []  # lines 6 to 12
+        states = []
+        for step in range(timestep, 0, -1):
+            states += [sample] if step in steps else []
+            sample = scheduler.step_paper(noises[step - 1], step, sample, structure, reading, eta, generator)
+        return sample, states
 
-    def _output(self, sample, structure, states, steps, output_type, return_dict):
-        images, structure = self._to_output(sample, output_type), self._to_output(structure, output_type)
-        trajectory = [self._to_output(state, output_type) for state in states] if steps else None
-        result = (images, structure, trajectory, steps[: len(states)] or None)
-        self.maybe_free_model_hooks()
-        return ParallelTrajectoryPipelineOutput(*result) if return_dict else result
-
-    def _to_output(self, images: torch.Tensor, output_type: str):
+    def _to_output(self, images: torch.Tensor, output_type: str) -> Images:
+        """Images [B, C, H, W] in [epsilon, 1] in the form that was asked for."""
         if output_type == "latent":
             return images
-        images = self.scheduler.from_range(images).clamp(0, 1)
-        if output_type == "pt":
-            return images
-        images = images.cpu().permute(0, 2, 3, 1).numpy()
-        return self.numpy_to_pil(images) if output_type == "pil" else images
+        return self._in_unit_range(self.scheduler.from_range(images).clamp(0, 1), output_type)
 
     def _size(self) -> tuple[int, int]:
         """(height, width) of what is generated."""
@@ -288,7 +289,7 @@ class ParallelTrajectoryPipeline(StandaloneSaving, DiffusionPipeline):
 
     def _times(self, num_passes: int, timesteps: Sequence[int] | None, start: int) -> list[int]:
         """The timesteps of the passes, descending from the start."""
-        if not self._is_count(num_passes) or num_passes > start:
+        if not is_count(num_passes) or num_passes > start:
             raise ValueError(f"num_passes={num_passes!r}: expected a whole number from 1 to {start}")
         if timesteps is None:
             return [round(start * k / num_passes) for k in range(num_passes, 0, -1)]
@@ -314,10 +315,9 @@ class ParallelTrajectoryPipeline(StandaloneSaving, DiffusionPipeline):
             raise ValueError(f"trajectory_steps={steps}: expected different whole numbers from 1 to {start}")
         return sorted(steps, reverse=True)
 
-    def _check_inputs(self, batch_size, mode, image, timestep, latents, generator, output_type, tensor_inputs) -> None:
+    def _check_call(self, batch_size, mode, image, timestep, latents) -> None:
         total = len(self.scheduler)
-        if not self._is_count(batch_size):
-            raise ValueError(f"batch_size={batch_size!r}: expected a whole number from 1 up")
+        check_count("batch_size", batch_size)
         if mode not in ("structure", "paper"):
             raise ValueError(f"mode={mode!r}: expected 'structure' or 'paper'")
         whole = isinstance(timestep, int) and not isinstance(timestep, bool)
@@ -340,70 +340,31 @@ class ParallelTrajectoryPipeline(StandaloneSaving, DiffusionPipeline):
                 "mode='structure': this unet predicts noises only; expected mode='paper', as it was trained"
             )
         if latents is not None:
-            if image is not None or self.autoencoder is None:
-                raise ValueError("latents: expected none beside image, or without an autoencoder")
-            size = self.autoencoder.config.latent_dim
-            fits = isinstance(latents, torch.Tensor) and latents.ndim == 2 and latents.shape[1] == size
-            if not fits or not len(latents) or not latents.isfinite().all():
-                raise ValueError(
-                    f"latents: got {getattr(latents, 'shape', type(latents))}; expected numbers [B, {size}]"
-                )
-        each = generator if isinstance(generator, list) else [generator] if generator is not None else []
-        if not all(isinstance(one, torch.Generator) for one in each):
-            raise ValueError(
-                f"generator of type {type(generator).__name__}: expected a torch.Generator or a list of them"
-            )
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type={output_type!r}: expected 'pil', 'np', 'pt' or 'latent'")
-        if not set(tensor_inputs) <= set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs={list(tensor_inputs)}: expected a subset of "
-                f"{self._callback_tensor_inputs}"
-            )
+            self._check_latents(latents, image)
 
-    def _image(self, image, timestep: int) -> torch.Tensor:
-        """The image that was given, [B, C, H, W]: a clean one in [epsilon, 1], a noisy one as it is."""
+    def _check_latents(self, latents: torch.Tensor, image: ImageInput | None) -> None:
+        if image is not None or self.autoencoder is None:
+            raise ValueError("latents: expected none beside image, or without an autoencoder")
+        size = self.autoencoder.config.latent_dim
+        fits = isinstance(latents, torch.Tensor) and latents.ndim == 2 and latents.shape[1] == size
+        if not fits or not len(latents) or not latents.isfinite().all():
+            raise ValueError(f"latents: got {getattr(latents, 'shape', type(latents))}; expected numbers [B, {size}]")
+
+    def _start(
+        self, batch_size: int, image: ImageInput | None, timestep: int | None, latents: torch.Tensor | None
+    ) -> TrajectoryStart:
+        """The image as a tensor [B, C, H, W]: a clean one in [epsilon, 1], a noisy one as it is."""
+        if image is None:
+            return TrajectoryStart(None, None, latents, batch_size if latents is None else len(latents))
         channels, size = self.unet.config.image_channels, self._size()
         if timestep > 0 and not isinstance(image, torch.Tensor):
             raise ValueError(
                 f"image of type {type(image).__name__} at timestep={timestep}: expected a tensor [B, C, H, W]"
             )
-        if isinstance(image, (list, tuple)):
-            if not image:
-                raise ValueError("image: expected one or more images")
-            return torch.cat([self._image(each, timestep) for each in image])
-        if isinstance(image, PIL.Image.Image):
-            mode = {1: "L", 3: "RGB"}.get(channels)
-            if image.mode != mode:
-                raise ValueError(f"image is in mode {image.mode}: expected {mode}; see `Image.convert`")
-            image = np.array(image, dtype=np.float32) / 255
-            image = image[..., None] if image.ndim == 2 else image
-        if isinstance(image, np.ndarray):
-            if image.ndim not in (3, 4) or image.dtype.kind != "f":
-                raise ValueError(f"image: got {image.dtype} {list(image.shape)}; expected float [B, H, W, C] in [0, 1]")
-            image = torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, -3)
-        if not isinstance(image, torch.Tensor):
-            raise ValueError(f"image of type {type(image).__name__}: expected PIL, numpy or torch, or a list of them")
-        image = image[None] if image.ndim == 3 else image
-        fits = image.ndim == 4 and tuple(image.shape[1:]) == (channels, *size) and len(image) > 0
-        if not fits or not image.is_floating_point():
-            raise ValueError(
-                f"image: got {image.dtype} {list(image.shape)}; expected float [B, {channels}, {size[0]}, {size[1]}]"
-            )
-        lowest, highest = image.amin().item(), image.amax().item()
-        if not math.isfinite(lowest + highest):
-            raise ValueError("image has values that are no numbers or infinite")
-        if timestep > 0:
-            return image
-        if not (-1e-6 <= lowest and highest <= 1 + 1e-6):
-            raise ValueError(f"image has values from {lowest:.3g} to {highest:.3g}: expected [0, 1]")
-        return self.scheduler.to_range(image.float().clamp(0, 1))
-
-    @staticmethod
-    def _is_count(value) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-    @staticmethod
-    def _plain(module: torch.nn.Module) -> torch.nn.Module:
-        """The module inside a compiled one."""
-        return getattr(module, "_orig_mod", module)
+        given = read_images(image, channels, any_range=timestep > 0)
+        height, width = given.shape[2:]
+        if (height, width) != size:
+            raise ValueError(f"image is {height}x{width}: expected {size[0]}x{size[1]}, the size of what is generated")
+        if timestep == 0:
+            given = self.scheduler.to_range(given.float().clamp(0, 1))
+        return TrajectoryStart(given, timestep, None, len(given))

@@ -23,7 +23,8 @@ from oracles import GaussianNoisePredictor, GaussianPosterior
 
 import pyrdiff
 from pyrdiff import CoordinateUNet2DModel, GuidedSRPipeline, PyramidalPipeline
-from pyrdiff.pipelines.pipeline_guided_sr import CallableOperator, SeparableOperator
+from pyrdiff.parts.operators import CallableOperator, SeparableOperator
+from pyrdiff.parts.steps import lay_out_steps
 
 LINEAR = dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
 SCHEDULERS = {
@@ -259,7 +260,8 @@ def test_without_guidance_it_is_the_stock_loop(name, prediction_type):
         output_type="latent",
     ).images
     generator = torch.Generator().manual_seed(3)
-    times = pipeline._set_timesteps(scheduler, 1, 4, 0.3, "scheduler")
+    steps = lay_out_steps(scheduler, 4, 0.3, "scheduler", "refine_steps")
+    scheduler, times = steps.scheduler, steps.timesteps
     noise = torch.randn(2, 1, 16, 16, generator=generator)
     latents = F.interpolate(2 * measured - 1, (16, 16), mode="bicubic")
     latents = scheduler.add_noise(latents, noise, times[:1].expand(2))
@@ -575,7 +577,7 @@ def test_schedulers_that_cannot_renoise_are_refused():
 
 
 def test_a_trained_pyramid_serves(tmp_path, caplog):
-    pyramid = PyramidalPipeline(network(), DDPMScheduler(), None, None, None, {"fast": {"num_inference_steps": 3}})
+    pyramid = PyramidalPipeline(network(), DDPMScheduler(), None, {"fast": {"num_inference_steps": 3}})
     pyrdiff.hub.export(pyramid, tmp_path / "model")
     first = quiet(pyramid.unet, pyramid.scheduler)(
         pictures(1, 1, 4, 4), generator=generators(1), output_type="pt"
@@ -614,24 +616,6 @@ def test_a_plain_unet_works():
     torch.testing.assert_close(images[0].images, images[1].images, atol=1e-5, rtol=0)
     torch.testing.assert_close(images[2].images, images[3].images, atol=1e-5, rtol=0)
     assert (images[0].images - images[2].images).abs().max() > 1e-3, "windows see less than the whole"
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "_check_scheduler",
-        "_plain",
-        "_size_multiple",
-        "_per_level",
-        "_set_timesteps",
-        "_log_snr_times",
-        "_to_output",
-        "save_pretrained",
-        "load_config",
-    ],
-)
-def test_copies_are_identical(name):
-    assert inspect.getsource(getattr(GuidedSRPipeline, name)) == inspect.getsource(getattr(PyramidalPipeline, name))
 
 
 # What a review found

@@ -19,10 +19,9 @@ from diffusers import (
     UNet2DModel,
     UniPCMultistepScheduler,
 )
-from oracles import GaussianNoisePredictor, natural_spectrum, octave_power
+from oracles import GaussianNoisePredictor, octave_power
 
 from pyrdiff import CoordinateUNet2DModel, PyramidalPipeline
-from pyrdiff.data import radial_covariance
 
 LINEAR = dict(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
 SCHEDULERS = {
@@ -63,23 +62,6 @@ def generators(count: int, first: int = 0) -> list[torch.Generator]:
 # Oracles: Gaussian images, whose best noise prediction is a closed form.
 
 
-def gaussian_images(count: int, size: int, generator: torch.Generator) -> torch.Tensor:
-    waves = torch.fft.fft2(torch.randn(count, 1, size, size, generator=generator, dtype=torch.float64))
-    return torch.fft.ifft2(waves * natural_spectrum(size, size).sqrt()).real.float()
-
-
-def gaussian_detail_spectra(sizes=(16, 32)) -> dict:
-    """What enlarging loses, measured on the images themselves; the lower level is the ideal low-pass of the higher."""
-    spectra, generator = {}, torch.Generator().manual_seed(0)
-    for size in sizes:
-        images = gaussian_images(500, size, generator)
-        waves = torch.fft.fftshift(torch.fft.fft2(images))[..., size // 4 : -size // 4, size // 4 : -size // 4] / 4
-        below = torch.fft.ifft2(torch.fft.ifftshift(waves)).real
-        lost = images - F.interpolate(below, (size, size), mode="bicubic", align_corners=False)
-        spectra[f"{size}x{size}"] = radial_covariance(lost).tolist()
-    return spectra
-
-
 ORACLES = {
     "ddpm": (DDPMScheduler(clip_sample=False), dict(num_inference_steps=250), dict(refine_steps=50)),
     "dpm-solver++": (DPMSolverMultistepScheduler(), dict(num_inference_steps=20), dict(refine_steps=10)),
@@ -104,24 +86,6 @@ def test_a_pyramid_has_the_right_spectrum(name):
     arguments = dict(spacing="log_snr", output_type="latent", generator=torch.Generator().manual_seed(1))
     output = pipeline(300, [8, 16, 32], **steps, **refine, **arguments)
     assert octave_power(output.images) == pytest.approx([1] * 5, abs=0.17)
-
-
-def test_the_matched_jump_brings_the_details_back():
-    """With few steps above, the white jump loses power in every octave but the first; the matched one much less."""
-    pipeline = quiet(GaussianNoisePredictor(), DPMSolverMultistepScheduler(), detail_spectra=gaussian_detail_spectra())
-    lost = {}
-    for jump in ("white", "matched"):
-        arguments = dict(spacing="log_snr", output_type="latent", generator=torch.Generator().manual_seed(1))
-        output = pipeline(400, [8, 16, 32], 20, 5, stage_jump=jump, **arguments)
-        lost[jump] = sum(abs(power - 1) for power in octave_power(output.images)[1:])
-    assert lost["matched"] < 0.6 * lost["white"]
-
-
-def test_detail_noise_has_the_given_covariance():
-    covariance = [[[k + 1.0, 0.5, 0.0], [0.5, 1.0, 0.2], [0.0, 0.2, 0.3]] for k in range(9)]
-    pipeline = quiet(network(image_channels=3), DDPMScheduler(), detail_spectra={"16x16": covariance})
-    noise = pipeline._detail_noise((2000, 3, 16, 16), (16, 16), torch.Generator().manual_seed(0), "cpu")
-    assert torch.allclose(radial_covariance(noise), torch.tensor(covariance).double(), atol=0.25, rtol=0.06)
 
 
 # Stock diffusers as the reference.
@@ -318,7 +282,7 @@ PLANS = {
         "refine_steps": [2, 1],
         "scheduler": ["DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}],
     },
-    "placed": {"resolutions": [8, 16], "spacing": [[900, 500, 0], [200, 10]], "stage_jump": "white"},
+    "placed": {"resolutions": [8, 16], "spacing": [[900, 500, 0], [200, 10]]},
     "mixed": {"scheduler": ["DDPMScheduler", {}], "refine_scheduler": ["UniPCMultistepScheduler", {}]},
 }
 
@@ -339,20 +303,22 @@ def test_a_plan_is_the_call_that_it_says():
     expected = ddpm(2, output_type="pt", generator=generators(2), **placed).images
     assert torch.equal(pipeline(2, plan=given, output_type="pt", generator=generators(2)).images, expected)
     assert [level.timesteps for level in ddpm.plan(plan=PLANS["placed"]).levels] == [[900, 500, 0], [200, 10]]
-    kinds = [type(part).__name__ for part in pipeline._named_plan("mixed", {})[1]]
-    assert kinds == ["DDPMScheduler", "UniPCMultistepScheduler"]
+    mixed = pipeline.lay_out("mixed")
+    assert [type(stage.steps.scheduler).__name__ for stage in mixed] == [
+        "DDPMScheduler",
+        "UniPCMultistepScheduler",
+        "UniPCMultistepScheduler",
+    ]
     assert type(pipeline.scheduler) is DDIMScheduler, "a plan changes nothing of the pipeline"
 
 
 def test_plans_travel_with_the_folder(tmp_path):
     """A folder's scheduler says every setting, one in memory only those given: a plan depends on neither."""
-    spectra = {"colors": [[1.0]], "power": {"4x4": [[1.0, 0.5, 0.1]]}}
-    pipeline = quiet(network(), DDIMScheduler(), plans=PLANS, spectra=spectra)
+    pipeline = quiet(network(), DDIMScheduler(), plans=PLANS)
     pipeline.save_pretrained(tmp_path / "saved")
     loaded = PyramidalPipeline.from_pretrained(tmp_path / "saved")
     loaded.set_progress_bar_config(disable=True)
-    assert loaded.config.spectra == spectra
-    images = [part(1, plan="fast", output_type="latent", generator=generators(1)).images for part in (pipeline, loaded)]
+    images = [one(1, plan="fast", output_type="latent", generator=generators(1)).images for one in (pipeline, loaded)]
     assert torch.allclose(*images, rtol=1e-4, atol=1e-3)
 
 
@@ -405,6 +371,30 @@ def test_no_step_waits_for_a_device():
     assert len(inside) == 13 and len(set(inside)) == 1, "as many reads before the first call as before the last"
 
 
+def test_a_question_changes_nothing():
+    """A plan can be asked for in the middle of a run, and the run goes on as it would have."""
+    pipeline = quiet(network(), DPMSolverMultistepScheduler(), plans=PLANS)
+    arguments = dict(num_inference_steps=4, refine_steps=2, output_type="latent")
+    expected = pipeline(1, generator=generators(1), **arguments).images
+    before = dict(vars(pipeline.scheduler))
+
+    def ask(pipe, step, timestep, tensors):
+        pipe.plan(num_inference_steps=7)
+        pipe.plan(plan="fast")
+
+    asked = pipeline(1, generator=generators(1), callback_on_step_end=ask, **arguments).images
+    assert torch.equal(asked, expected)
+    assert vars(pipeline.scheduler).keys() == before.keys()
+    assert all(value is before[name] for name, value in vars(pipeline.scheduler).items())
+
+
+def test_plans_of_older_folders_may_name_the_white_jump():
+    pipeline = quiet(network(), DDIMScheduler(), plans={"old": {"num_inference_steps": 3, "stage_jump": "white"}})
+    assert len(pipeline.plan(plan="old").levels[0].timesteps) == 3
+    with pytest.raises(ValueError, match="plan has 'stage_jump'"):
+        pipeline.plan(plan={"stage_jump": "matched"})
+
+
 def test_log_snr_spacing_is_even():
     pipeline = quiet(network(), DPMSolverMultistepScheduler())
     times = np.array(pipeline.plan([16], 10, spacing="log_snr").levels[0].timesteps).astype(int)
@@ -422,21 +412,18 @@ def test_log_snr_spacing_is_even():
         (dict(resolutions=[8, 4]), "larger than the one before"),
         (dict(resolutions=[8, 8]), "larger than the one before"),
         (dict(resolutions=[1, 8]), "at least 2"),
-        (dict(resolutions=[8.5]), "whole numbers"),
+        (dict(resolutions=[8.5]), "resolutions=8.5: expected a whole number"),
         (dict(num_inference_steps=0), "num_inference_steps=0"),
         (dict(num_inference_steps=1001), "num_inference_steps=1001: expected at most 1000"),
         (dict(refine_steps=[1]), "one for each of the 2 higher levels"),
         (dict(refine_steps=301), "refine_steps=301: expected at most 300"),
-        (dict(refine_strength=0), r"refine_strength=0: expected numbers in \(0, 1\]"),
+        (dict(refine_strength=0), r"refine_strength=0: expected a number in \(0, 1\]"),
         (dict(refine_strength=1.5), "refine_strength=1.5"),
         (dict(box=(0, 0, 1, 2)), "box="),
         (dict(box=(0.5, 0, 0.5, 1)), "box="),
         (dict(spacing="even"), "spacing='even'"),
         (dict(spacing=[[9], [5]]), "one list for each of 3"),
         (dict(spacing=[[9, 12], [5], [5]]), "descending"),
-        (dict(stage_jump="block"), "stage_jump='block'"),
-        (dict(stage_jump="matched", box=(0, 0, 0.5, 1)), "expected the whole image"),
-        (dict(stage_jump="matched"), "stage_jump='matched'"),
         (dict(generator=generators(3)), "generator has 3 entries"),
         (dict(output_type="jpg"), "output_type='jpg'"),
         (dict(callback_on_step_end_tensor_inputs=["noise"]), "callback_on_step_end_tensor_inputs"),

@@ -1,5 +1,4 @@
 import functools
-import inspect
 import math
 
 import numpy as np
@@ -26,12 +25,11 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 import pyrdiff
 from pyrdiff import (
     CosineResidualScheduler,
-    GuidedSRPipeline,
-    PyramidalPipeline,
     ResidualSRPipeline,
     ResidualSRUNet2DModel,
 )
-from pyrdiff.pipelines.pipeline_residual_sr import WindowedNetwork
+from pyrdiff.parts.windows import Tiling, WindowedNetwork
+from pyrdiff.pipelines.pipeline_residual_sr import ResidualArguments
 
 SOLVERS = {
     "own": CosineResidualScheduler,
@@ -345,14 +343,6 @@ def test_hard_consistency():
     assert (free.consistency > 0.01).all() and (hard.consistency < 1e-3).all()
 
 
-def test_the_projection_is_the_nearest_image():
-    """What is added to an image inside the range is A^+ of what is missing: it has no part that A does not see."""
-    rows, back = ResidualSRPipeline._shrinking(12, 4, torch.device("cpu"))
-    torch.testing.assert_close(back, torch.linalg.pinv(rows.double()).float(), atol=1e-5, rtol=1e-4)
-    image = soft(1, 1, 12, 12)
-    torch.testing.assert_close(rows @ image @ rows.mT, shrink(image, (4, 4)), atol=2e-6, rtol=0)
-
-
 def test_color_fix():
     low = soft(2, 3, 4, 4)
     pipeline = quiet(network(image_channels=3))
@@ -391,10 +381,10 @@ def test_a_window_gets_its_part_of_both_images():
         return torch.cat((sample, low_res), dim=1)
 
     sample, low = pictures(1, 1, 13, 22), pictures(1, 1, 13, 22, seed=1)
-    found = WindowedNetwork(echo, 2, 8, 4).predict(sample, torch.ones(1), low)
+    found = WindowedNetwork(echo, 2, Tiling(8, 4)).predict(sample, torch.ones(1), low)
     torch.testing.assert_close(found, torch.cat((sample, low), 1), atol=1e-6, rtol=0)
     assert set(pieces) == {(8, 8)} and len(pieces) == 3 * 5
-    assert torch.equal(WindowedNetwork(echo, 2, None, None).predict(sample, torch.ones(1), low)[:, :1], sample)
+    assert torch.equal(WindowedNetwork(echo, 2, None).predict(sample, torch.ones(1), low)[:, :1], sample)
 
 
 def test_windows_are_halved_when_memory_runs_out(monkeypatch):
@@ -502,7 +492,8 @@ def test_plans():
 
 def test_a_plan_has_the_noise_process_and_the_target_of_the_pipeline():
     pipeline = quiet(scheduler=process(residual_scale=3.0))
-    other, _ = pipeline._named_plan({"scheduler": ["DDIMScheduler", {}]})
+    steps, _ = pipeline._lay_out({"scheduler": ["DDIMScheduler", {}]}, ResidualArguments())
+    other = steps.scheduler
     assert other.config.residual_scale == 3.0 and other.config.prediction_target == "residual"
     assert not other.config.clip_sample and torch.equal(other.alphas_cumprod, pipeline.scheduler.alphas_cumprod)
 
@@ -692,36 +683,3 @@ def test_a_solver_of_diffusers_keeps_the_target_through_saving(tmp_path):
     arguments = dict(num_inference_steps=4, output_type="latent")
     first, second = (part(pictures(1, 1, 4, 4), generator=generators(1), **arguments) for part in (pipeline, loaded))
     torch.testing.assert_close(first.images, second.images, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "_check_scheduler",
-        "_plain",
-        "_size_multiple",
-        "_set_timesteps",
-        "_log_snr_times",
-        "_to_output",
-        "save_pretrained",
-        "load_config",
-        "_channels",
-        "_pair",
-        "_tiling",
-        "_signal_and_noise",
-        "_clean_from",
-        "_unclipped_scheduler",
-    ],
-)
-def test_copies_are_identical(name):
-    theirs = [kind for kind in (PyramidalPipeline, GuidedSRPipeline) if hasattr(kind, name)]
-    for kind in theirs:
-        assert inspect.getsource(getattr(ResidualSRPipeline, name)) == inspect.getsource(getattr(kind, name))
-    assert theirs
-    assert ResidualSRPipeline.NOISE_PROCESS == PyramidalPipeline.NOISE_PROCESS
-
-
-def test_halving_is_that_of_the_guided_pipeline():
-    from pyrdiff.pipelines.pipeline_guided_sr import WindowedNetwork as Guided
-
-    assert inspect.getsource(WindowedNetwork._halve) == inspect.getsource(Guided._halve)

@@ -29,7 +29,7 @@ from pyrdiff import (
     hub,
 )
 from pyrdiff.commands.upscale import UpscaleSettings
-from pyrdiff.pipelines.pipeline_guided_sr import SeparableOperator
+from pyrdiff.parts.operators import SeparableOperator
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "upscale.py"
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()

@@ -233,7 +233,7 @@ def test_plans_of_a_bench(pipeline, tmp_path):
     assert quality == {"a": 7.0, "b": 9.0} and plans["b"] == PLANS["fast"]
     assert intervals == {"a": (6.0, 8.0), "b": (8.0, 10.0)}
     assert pipeline.plan(plan=plans["a"]).network_calls == 8
-    scheduler = pipeline._named_plan(plans["a"], {})[1][0]
+    scheduler = pipeline.lay_out(plans["a"])[0].steps.scheduler
     assert scheduler.config.timestep_spacing == "leading" and scheduler.config.algorithm_type == "sde-dpmsolver++"
     assert choose(pipeline, costs(), plans, target=8, quality=quality) == "a"
     path.write_text("{}")

@@ -1,1 +1,1 @@
-"""What plugin files share. A saved folder gets it joined into each of them (see `pyrdiff.hub.standalone`)."""
+"""What the plugin files share. A saved folder gets it joined into its own files, so that these stand alone."""

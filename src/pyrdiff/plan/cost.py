@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline, SchedulerMixin
 
 from pyrdiff.data import replacing
 from pyrdiff.machine import device_name, in_turn
+from pyrdiff.parts.plans import NOISE_PROCESS
 
 from .clipping import clipping
 
@@ -168,8 +169,7 @@ def measure_costs(
 
 def _levels(pipeline: DiffusionPipeline, plan: str | dict) -> list[tuple]:
     """The levels of a plan, each with the scheduler that runs it."""
-    _, schedulers = pipeline._named_plan(plan, {})
-    return [(level, schedulers[min(index, 1)]) for index, level in enumerate(pipeline.plan(plan=plan).levels)]
+    return [(stage, stage.steps.scheduler) for stage in pipeline.lay_out(plan)]
 
 
 def _step(pipeline: DiffusionPipeline, level: PlannedLevel, scheduler: SchedulerMixin) -> Step:
@@ -181,7 +181,7 @@ def _step(pipeline: DiffusionPipeline, level: PlannedLevel, scheduler: Scheduler
     changed = [
         f"{name}={value!r}"
         for name, value in sorted(scheduler.config.items())
-        if name in known and name not in pipeline.NOISE_PROCESS and value != known[name].default
+        if name in known and name not in NOISE_PROCESS and value != known[name].default
     ]
     return Step(f"{type(scheduler).__name__}({', '.join(changed)})", "{}x{}".format(*level.network_size))
 

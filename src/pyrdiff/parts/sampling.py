@@ -1,0 +1,101 @@
+"""What the pipelines share of a call: progress, interruption, callbacks, and the way out of [-1, 1]."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import PIL.Image
+import torch
+import torch.nn.functional as F
+
+from pyrdiff.parts.saving import StandaloneSaving
+from pyrdiff.parts.steps import takes
+
+Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
+
+
+def plain(module: torch.nn.Module) -> torch.nn.Module:
+    """The module inside a compiled one."""
+    return getattr(module, "_orig_mod", module)
+
+
+class SamplingRun:
+    """The running call of a pipeline: what happens after each of its steps."""
+
+    def __init__(self, pipeline, progress, callback: Callable | None, tensor_inputs: Sequence[str]):
+        self._pipeline, self._progress = pipeline, progress
+        self._callback, self._tensor_inputs = callback, tensor_inputs
+        self._steps = 0
+
+    @property
+    def interrupted(self) -> bool:
+        return self._pipeline.interrupt
+
+    def after_step(self, timestep: torch.Tensor | int, latents: torch.Tensor) -> torch.Tensor:
+        """Tells the callback and the progress bar; returns the latents, or those that the callback made of them."""
+        if self._callback is not None:
+            tensors = {"latents": latents} if "latents" in self._tensor_inputs else {}
+            changed = self._callback(self._pipeline, self._steps, timestep, tensors) or {}
+            latents = changed.pop("latents", latents)
+        self._steps += 1
+        self._progress.update()
+        return latents
+
+
+class SamplingPipeline(StandaloneSaving):
+    """A base beside `DiffusionPipeline`, before it: `class P(SamplingPipeline, DiffusionPipeline)`."""
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["latents"]
+
+    @property
+    def num_timesteps(self) -> int:
+        """Network calls of the last run."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @contextmanager
+    def _running(self, calls: int, callback: Callable | None, tensor_inputs: Sequence[str]) -> Iterator[SamplingRun]:
+        self._interrupt, self._num_timesteps = False, calls
+        with self.progress_bar(total=calls) as progress:
+            yield SamplingRun(self, progress, callback, tensor_inputs)
+        self.maybe_free_model_hooks()
+
+    def _check_callback_inputs(self, names: Sequence[str]) -> None:
+        if not set(names) <= set(self._callback_tensor_inputs):
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs={list(names)}: expected a subset of {self._callback_tensor_inputs}"
+            )
+
+    @property
+    def _channels(self) -> int:
+        """Of an image."""
+        return getattr(self.unet.config, "image_channels", self.unet.config.in_channels)
+
+    @property
+    def _size_multiple(self) -> int:
+        """Sides of a network's sample are multiples of this."""
+        return 2 ** (len(getattr(self.unet.config, "block_out_channels", (1,))) - 1)
+
+    def _predict(self, sample: torch.Tensor, time: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
+        """The network's output [B, C, H, W], float32; it is told where the pixels lie if it wants to know."""
+        where = {"coordinates": coordinates} if takes(plain(self.unet).forward, "coordinates") else {}
+        return self.unet(sample.to(self.unet.dtype), time, **where, return_dict=False)[0].float()
+
+    def _to_output(self, latents: torch.Tensor, size: tuple[int, int], output_type: str) -> Images:
+        """Latents [B, C, H, W] in [-1, 1] at a size and in the form that was asked for."""
+        if latents.shape[-2:] != size:
+            latents = F.interpolate(latents, size, mode="bicubic", align_corners=False, antialias=True)
+        if output_type == "latent":
+            return latents
+        return self._in_unit_range((latents / 2 + 0.5).clamp(0, 1), output_type)
+
+    def _in_unit_range(self, images: torch.Tensor, output_type: str) -> Images:
+        """Images [B, C, H, W] in [0, 1] as "pil", "np" or "pt"."""
+        if output_type == "pt":
+            return images
+        images = images.cpu().permute(0, 2, 3, 1).numpy()
+        return self.numpy_to_pil(images) if output_type == "pil" else images

@@ -1,0 +1,211 @@
+"""A network's prediction for images that may be too large for it: by windows that overlap and blend."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from diffusers.utils import logging
+
+from pyrdiff.parts.checks import is_count
+
+windows_logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """Side of the square windows, and the pixels that neighbours share at least."""
+
+    side: int
+    overlap: int
+
+    @classmethod
+    def checked(cls, tile: int | None, tile_overlap: int | None, multiple: int) -> "Tiling | None":
+        """
+        The tiling of the arguments `tile` and `tile_overlap`; none for `tile=None`.
+
+        Raises:
+            ValueError: unless both are multiples of what the network takes, and the overlap leaves room.
+        """
+        if tile is None:
+            if tile_overlap is not None:
+                raise ValueError(f"tile_overlap={tile_overlap} without tile: expected both")
+            return None
+        if not is_count(tile) or tile < 2 * multiple or tile % multiple:
+            raise ValueError(f"tile={tile}: expected a multiple of {multiple} from {2 * multiple} up, for this network")
+        if tile_overlap is None:
+            return cls.of(tile, multiple)
+        if not is_count(tile_overlap) or not multiple <= tile_overlap <= tile - multiple or tile_overlap % multiple:
+            raise ValueError(
+                f"tile_overlap={tile_overlap}: expected a multiple of {multiple} up to {tile - multiple}, for "
+                f"tile={tile}"
+            )
+        return cls(tile, tile_overlap)
+
+    @classmethod
+    def of(cls, side: int, multiple: int) -> "Tiling":
+        """Windows of this side that share a quarter of it."""
+        return cls(side, max(side // 4 // multiple, 1) * multiple)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A part of an image and its weight [h, w] there; the weights of a pixel sum to 1."""
+
+    rows: slice
+    columns: slice
+    weight: torch.Tensor
+
+    def of(self, image: torch.Tensor) -> torch.Tensor:
+        return image[..., self.rows, self.columns]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A network's output [B, C, H, W], and `pull`: the gradient of <cotangent, output> to the sample."""
+
+    output: torch.Tensor
+    pull: Callable[[torch.Tensor], torch.Tensor]
+
+
+class WindowedNetwork:
+    """
+    A network's prediction for a whole image, and the gradient through it. In windows, neither needs more memory than
+    one window does. When memory runs out, the windows are halved.
+
+    Args:
+        network: Called as network(sample [B, C, H, W], time, condition), with windows of both images.
+        multiple: Sides that the network takes are multiples of this; others are padded by reflection.
+        tiling: The windows; `None` for the whole image at once.
+    """
+
+    def __init__(self, network: Callable, multiple: int, tiling: Tiling | None):
+        self.network, self.multiple, self.tiling = network, multiple, tiling
+        self._windows_of: dict[tuple, list[Window]] = {}
+
+    def predict(self, sample: torch.Tensor, time: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """
+        The prediction, float32, with as many channels as the network makes.
+
+        Args:
+            sample: [B, C, H, W].
+            time: What the network takes as its second argument.
+            condition: An image beside the sample, [B or 1, K, H, W], or of the padded size already.
+        """
+        height, width = sample.shape[-2:]
+        padded = self._padded(sample)
+        return self._fitting(lambda: self._blend(padded, time, condition), sample)[..., :height, :width]
+
+    def differentiate(self, sample: torch.Tensor, time: torch.Tensor, condition: torch.Tensor) -> Prediction:
+        """The prediction (see `predict`), and the gradient to the sample."""
+        whole = self._fitting(lambda: self._whole(sample, time, condition), sample)
+        if whole is not None:
+            return whole
+        output = self.predict(sample, time, condition)
+        return Prediction(output, lambda cotangent: self._pull(sample, time, condition, cotangent))
+
+    def _padded(self, image: torch.Tensor) -> torch.Tensor:
+        """The image with sides that the network takes; as it is if they are multiples already."""
+        padding = (0, -image.shape[-1] % self.multiple, 0, -image.shape[-2] % self.multiple)
+        return F.pad(image, padding, mode="reflect") if any(padding) else image
+
+    def _blend(self, padded: torch.Tensor, time: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        windows, condition = self.windows(padded), self._padded(condition)
+        if len(windows) == 1:
+            return self.network(padded, time, condition)
+        blended = None
+        for window in windows:
+            output = self.network(window.of(padded), time, window.of(condition))
+            if blended is None:
+                blended = output.new_zeros(*output.shape[:2], *padded.shape[-2:])
+            window.of(blended).add_(output * window.weight)
+        return blended
+
+    @torch.enable_grad()
+    def _whole(self, sample: torch.Tensor, time: torch.Tensor, condition: torch.Tensor) -> Prediction | None:
+        """The prediction in one piece with its graph; `None` if the image has several windows."""
+        leaf = sample.detach().requires_grad_()
+        padded = self._padded(leaf)
+        if len(self.windows(padded)) > 1:
+            return None
+        output = self.network(padded, time, self._padded(condition))[..., : sample.shape[-2], : sample.shape[-1]]
+        return Prediction(output.detach(), self._pull_of_graph(output, leaf, sample, time, condition))
+
+    def _pull_of_graph(self, output, leaf, sample, time, condition) -> Callable:
+        def pull(cotangent: torch.Tensor) -> torch.Tensor:
+            try:
+                return torch.autograd.grad(output, leaf, cotangent)[0]
+            except RuntimeError as error:  # the graph did not fit: go on in windows
+                self._halve(error, sample)
+            return self._pull(sample, time, condition, cotangent)
+
+        return pull
+
+    def _pull(self, sample, time, condition, cotangent) -> torch.Tensor:
+        return self._fitting(lambda: self._pull_windows(sample, time, condition, cotangent), sample)
+
+    @torch.enable_grad()
+    def _pull_windows(self, sample, time, condition, cotangent) -> torch.Tensor:
+        leaf = sample.detach().requires_grad_()
+        padded, condition = self._padded(leaf), self._padded(condition)
+        right, bottom = (padded.shape[axis] - cotangent.shape[axis] for axis in (-1, -2))
+        cotangent = F.pad(cotangent, (0, right, 0, bottom))
+        gradient = torch.zeros_like(padded)
+        for window in self.windows(padded):
+            inside = window.of(padded).detach().requires_grad_()
+            output = self.network(inside, time, window.of(condition))
+            pulled = torch.autograd.grad(output, inside, window.weight * window.of(cotangent))[0]
+            window.of(gradient).add_(pulled)
+        return gradient if padded is leaf else torch.autograd.grad(padded, leaf, gradient)[0]
+
+    def windows(self, padded: torch.Tensor) -> list[Window]:
+        """The windows of an image [B, C, H, W] whose sides the network takes, on its device; laid out once a size."""
+        key = (padded.shape[-2:], padded.device, self.tiling)
+        if key not in self._windows_of:
+            rows, columns = (self._along(length) for length in padded.shape[-2:])
+            self._windows_of = {
+                key: [
+                    Window(row, column, (down[:, None] * across).to(padded.device))
+                    for row, down in rows
+                    for column, across in columns
+                ]
+            }
+        return self._windows_of[key]
+
+    def _along(self, length: int) -> list[tuple[slice, torch.Tensor]]:
+        """Places of the windows along one side, and their weights."""
+        side, overlap = (length, 0) if self.tiling is None else (min(self.tiling.side, length), self.tiling.overlap)
+        count = 1 if side == length else math.ceil((length - overlap) / (side - overlap))
+        places = torch.linspace(0, length - side, count) / self.multiple
+        places = [int(place) * self.multiple for place in places.round()]
+        weights, share = torch.zeros(count, length, dtype=torch.float64), max(overlap, 1)
+        inside = torch.arange(side, dtype=torch.float64) + 0.5
+        for weight, place in zip(weights, places, strict=True):
+            before = inside if place > 0 else torch.full_like(inside, share)
+            after = side - inside if place < length - side else torch.full_like(inside, share)
+            near = torch.minimum(before, after).clamp(max=share) / share
+            weight[place : place + side] = torch.sin(math.pi / 2 * near) ** 2
+        weights = (weights / weights.sum(0)).float()
+        return [(slice(p, p + side), weight[p : p + side]) for p, weight in zip(places, weights, strict=True)]
+
+    def _fitting(self, attempt: Callable, image: torch.Tensor):
+        """What the attempt returns, with smaller windows each time that memory runs out."""
+        while True:
+            try:
+                return attempt()
+            except RuntimeError as error:
+                self._halve(error, image)
+            if image.is_cuda:
+                torch.cuda.empty_cache()
+
+    def _halve(self, error: RuntimeError, image: torch.Tensor) -> None:
+        """Halves the windows if memory ran out; raises what else went wrong."""
+        if not ("out of memory" in str(error) or "DefaultCPUAllocator" in str(error)):
+            raise error
+        side = min(self.tiling.side if self.tiling else math.inf, max(image.shape[-2:])) // 2
+        side = side // self.multiple * self.multiple
+        if side < 2 * self.multiple:
+            raise error
+        self.tiling = Tiling.of(side, self.multiple)
+        windows_logger.warning(f"out of memory: the network goes on with windows of {side}x{side}")
