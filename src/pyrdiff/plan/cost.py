@@ -79,7 +79,7 @@ class StepCosts:
             if size not in self.seconds.get(name, {}):
                 timed = ", ".join(f"{name} at {', '.join(sizes)}" for name, sizes in self.seconds.items())
                 raise ValueError(f"plan has a level of {size} with {name}: expected what was timed: {timed}")
-            total += self.overhead[name][size] + len(level.timesteps) * self.seconds[name][size]
+            total += self.overhead[name][size] + len(level.steps) * self.seconds[name][size]
         return total
 
     def check(self, pipeline: DiffusionPipeline, batch_size: int) -> None:
