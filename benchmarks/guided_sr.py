@@ -21,7 +21,7 @@ from pictures import write_rows
 from samplers import DDIM, DDPM, DPM, SDE, scheduler_like
 
 import pyrdiff
-from pyrdiff.pipelines.pipeline_guided_sr import SeparableOperator
+from pyrdiff.parts.operators import SeparableOperator
 
 
 def arms(top: int) -> dict[str, dict]:

@@ -11,6 +11,7 @@ from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from pyrdiff import PyramidalPipeline
+from pyrdiff.parts.plans import NOISE_PROCESS
 from pyrdiff.plan import clipping
 
 # [class of diffusers, changed settings], as plans of pipelines have them
@@ -31,7 +32,7 @@ def scheduler_like(base: SchedulerMixin, kind: str, changes: dict) -> SchedulerM
     for name in changes:
         if name not in known:
             raise ValueError(f"{kind}: {name}={changes[name]!r}: expected one of {sorted(known)}")
-    process = {key: base.config[key] for key in PyramidalPipeline.NOISE_PROCESS if key in base.config and key in known}
+    process = {key: base.config[key] for key in NOISE_PROCESS if key in base.config and key in known}
     return scheduler_class(**{**process, **changes})
 
 

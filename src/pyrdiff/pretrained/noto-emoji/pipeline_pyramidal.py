@@ -3,6 +3,7 @@
 """Pyramidal sampling of Pyramidal DDPM (paper P, algorithm 1): start small, then enlarge, renoise and refine."""
 
 import PIL.Image
+import copy
 import diffusers
 import importlib
 import inspect
@@ -14,14 +15,229 @@ import re
 import sys
 import torch
 import torch.nn.functional as F
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
-from diffusers.utils import BaseOutput, logging
+from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import create_repo
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+
+# pyrdiff.parts.checks: Checks of arguments that several pipelines take. Each raises `ValueError` with the name, the value and what fits.
+
+Size = int | tuple[int, int]
+Generators = torch.Generator | list[torch.Generator] | None
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def is_number(value) -> bool:
+    """Whether it is a finite int or float; a bool is not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_count(value) -> bool:
+    """Whether it is a whole number from 1 up."""
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def check_count(name: str, value) -> None:
+    if not is_count(value):
+        raise ValueError(f"{name}={value!r}: expected a whole number from 1 up")
+
+
+def check_switch(name: str, value) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r}: expected True or False")
+
+
+def check_strength(name: str, value) -> None:
+    if not (is_number(value) and 0 < value <= 1):
+        raise ValueError(f"{name}={value!r}: expected a number in (0, 1]")
+
+
+def check_size(name: str, size: Size) -> tuple[int, int]:
+    """The size as (height, width)."""
+    pair = tuple(size) if isinstance(size, Sequence) else (size, size)
+    if len(pair) != 2 or not all(is_count(side) for side in pair):
+        raise ValueError(f"{name}={size}: expected a whole number or (height, width)")
+    return pair
+
+
+def check_generator(generator: Generators, batch_size: int) -> None:
+    """One generator, or as many as there are images."""
+    generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    if not all(isinstance(one, torch.Generator) for one in generators):
+        raise ValueError(f"generator of type {type(generator).__name__}: expected a torch.Generator or a list of them")
+    if isinstance(generator, list) and len(generator) != batch_size:
+        raise ValueError(f"generator has {len(generator)} entries: expected one, or one for each of {batch_size}")
+
+
+def check_output_type(output_type: str) -> None:
+    if output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type={output_type!r}: expected 'pil', 'np', 'pt' or 'latent'")
+
+
+def check_scheduler(name: str, scheduler) -> None:
+    """The scheduler must be able to renoise an image, and say its noise process."""
+    if not (hasattr(scheduler, "add_noise") and hasattr(scheduler, "alphas_cumprod")):
+        raise ValueError(
+            f"{name}={type(scheduler).__name__}: expected a scheduler with `add_noise` and `alphas_cumprod`, such "
+            "as DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler or "
+            "HeunDiscreteScheduler"
+        )
+
+
+# pyrdiff.parts.levels: The levels of a pyramid: their sizes, and what a level needs of the network.
+
+def per_level(name: str, value, count: int) -> list:
+    """One value for each of the `count` refined levels: the one that was given, or those."""
+    if not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(f"{name}={list(value)}: expected one number, or one for each of the {count} higher levels")
+    return list(value)
+
+
+def check_growing(name: str, resolutions: Sequence[Size]) -> list[tuple[int, int]]:
+    """Sizes as (height, width), each larger than the one before."""
+    if not isinstance(resolutions, Sequence) or isinstance(resolutions, str) or not resolutions:
+        raise ValueError(f"{name}={resolutions}: expected a list of sizes, low to high, such as [16, 32, 64]")
+    sizes = [check_size(name, size) for size in resolutions]
+    for low, high in zip(sizes, sizes[1:], strict=False):
+        if high[0] < low[0] or high[1] < low[1] or high == low:
+            raise ValueError(f"{name}={list(resolutions)}: expected each level to be larger than the one before")
+    return sizes
+
+
+def rounded_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:
+    return tuple(math.ceil(side / multiple) * multiple for side in size)
+
+
+def nfe_eq(calls: int, size: tuple[int, int], top: tuple[int, int]) -> float:
+    """The cost of network calls at a size, in calls at the top size, by area."""
+    return calls * math.prod(size) / math.prod(top)
+
+
+def pixel_grid(height: int, width: int, box: Sequence[float] = (0.0, 0.0, 1.0, 1.0)) -> torch.Tensor:
+    """(row, column) of the pixel centres of a window (top, left, bottom, right), float32 [2, height, width]."""
+    top, left, bottom, right = box
+    rows = top + (bottom - top) * (torch.arange(height, dtype=torch.float64) + 0.5) / height
+    columns = left + (right - left) * (torch.arange(width, dtype=torch.float64) + 0.5) / width
+    return torch.stack(torch.meshgrid(rows, columns, indexing="ij")).float()
+
+
+def padded_grid(height: int, width: int, multiple: int) -> torch.Tensor:
+    """The grid [1, 2, H, W] of an image that is padded below and right to multiples; what is added stays inside it."""
+    axes = [
+        ((torch.arange(side + -side % multiple, dtype=torch.float64) + 0.5) / side).clamp(max=1)
+        for side in (height, width)
+    ]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")).float()[None]
+
+
+# pyrdiff.parts.plans: Named plans: the arguments of a call that a pipeline keeps in its config, and the schedulers that they run with.
+
+NOISE_PROCESS = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
+ALWAYS = {"stage_jump": "white"}  # plans in older folders may say what is no longer a choice
+
+
+@dataclass(frozen=True)
+class NamedPlan:
+    """Arguments of a call; by "scheduler" or "refine_scheduler", the [class, settings] to run it with, or `None`."""
+
+    arguments: dict = field(default_factory=dict)
+    schedulers: dict = field(default_factory=dict)
+
+
+def read_plan(
+    plan: str | dict, plans: dict | None, arguments: tuple[str, ...], schedulers: tuple[str, ...]
+) -> NamedPlan:
+    """
+    A plan by its name or as a dict, taken apart.
+
+    Args:
+        plan: What the user gave.
+        plans: Those of the pipeline's config.
+        arguments, schedulers: What a plan may set.
+
+    Raises:
+        ValueError: for an unknown name, or a plan that sets anything else.
+    """
+    if isinstance(plan, str):
+        known = plans or {}
+        if plan not in known:
+            raise ValueError(f"plan={plan!r}: expected one of {sorted(known)}, or a dict of arguments")
+        plan = known[plan]
+    if not isinstance(plan, dict):
+        raise ValueError(f"plan={plan!r}: expected a name or a dict of arguments")
+    plan = {name: value for name, value in plan.items() if (name, value) not in ALWAYS.items()}
+    for name in plan:
+        if name not in (*arguments, *schedulers):
+            raise ValueError(f"plan has {name!r}: expected {arguments}, {', '.join(schedulers)}")
+    return NamedPlan(
+        {name: value for name, value in plan.items() if name in arguments},
+        {name: value for name, value in plan.items() if name in schedulers},
+    )
+
+
+def given(arguments: NamedTuple) -> dict:
+    """Those arguments of a call that are not their defaults."""
+    defaults = arguments._field_defaults
+
+    def left_out(name: str, value) -> bool:
+        return value is defaults[name] or ((isinstance(value, str) or is_number(value)) and value == defaults[name])
+
+    return {name: value for name, value in arguments._asdict().items() if not left_out(name, value)}
+
+
+def check_not_beside_plan(plan: str | dict, arguments: NamedTuple) -> None:
+    """Refuses arguments that are given beside a plan."""
+    for name, value in given(arguments).items():
+        raise ValueError(f"plan={plan!r} with {name}={value!r}: expected one or the other")
+
+
+def plan_scheduler(
+    name: str, entry: object, process: SchedulerMixin, kept: tuple[str, ...] = (), fixed: dict | None = None
+) -> SchedulerMixin:
+    """
+    A scheduler of diffusers over the same noise process; all else is its own default, or as set.
+
+    Args:
+        name: Of the plan's entry, for messages.
+        entry: [class of diffusers, {setting: value}].
+        process: The scheduler that the network was trained with.
+        kept: Further settings that are taken over from it.
+        fixed: Settings that a plan may not change.
+
+    Raises:
+        ValueError: for a class or a setting that it cannot take.
+    """
+    if not (isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[1], dict)):
+        raise ValueError(f"{name} of the plan is {entry!r}: expected [class of diffusers, {{setting: value}}]")
+    kind, settings, fixed = getattr(diffusers, str(entry[0]), None), entry[1], fixed or {}
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise ValueError(f"{name} of the plan is {entry[0]!r}: expected a scheduler of diffusers")
+    known = set(inspect.signature(kind.__init__).parameters) - {"self"}
+    for setting in settings:
+        if setting not in known - {*NOISE_PROCESS, *fixed}:
+            raise ValueError(f"{name} of the plan sets {setting!r}: expected settings of {entry[0]}'s steps")
+    taken = {key: process.config[key] for key in (*NOISE_PROCESS, *kept) if key in process.config}
+    options = {key: value for key, value in {**taken, **fixed}.items() if key in known}
+    scheduler = kind(**{**options, **settings})
+    check_scheduler(name, scheduler)
+    return scheduler
 
 
 # pyrdiff.parts.sources: The code of a class, kept from the moment that the class is made.
@@ -219,12 +435,251 @@ class StandaloneSaving(KeepsSource):
         return config
 
 
+# pyrdiff.parts.steps: The steps of one level: a scheduler, respaced to run only the last part of its noise process.
+
+Spacing = str | Sequence[int]  # "scheduler", "log_snr", or descending times
+
+
+@dataclass(frozen=True)
+class LevelSteps:
+    """
+    A scheduler of its own that is ready for the steps of one level, and the time of every network call.
+
+    Args:
+        scheduler: A copy, so that laying out steps changes nothing of the pipeline.
+        timesteps: [calls], descending, on the CPU: schedulers read their times as numbers, which would wait for a GPU.
+    """
+
+    scheduler: SchedulerMixin
+    timesteps: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def times(self) -> list[float]:
+        return [float(time) for time in self.timesteps]
+
+    def on(self, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The time of every call twice: on the CPU for the scheduler, and beside the sample for the network."""
+        return zip(self.timesteps, self.timesteps.to(device), strict=True)
+
+    def renoise(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """The images [B, C, H, W] noised up to the first time (paper P, eq. 2)."""
+        return self.scheduler.add_noise(images, noise, self.timesteps[:1].expand(len(images)).to(images.device))
+
+    def step(
+        self,
+        output: torch.Tensor,
+        timestep: torch.Tensor,
+        sample: torch.Tensor,
+        generator: Generators,
+        eta: float | None = None,
+    ) -> torch.Tensor:
+        """The next sample [B, C, H, W]."""
+        options = {} if eta is None else {"eta": eta}
+        if takes(self.scheduler.step, "generator"):
+            options["generator"] = generator
+        return self.scheduler.step(output, timestep, sample, **options, return_dict=False)[0]
+
+
+def takes(function, argument: str) -> bool:
+    """Whether a function has this argument."""
+    return argument in inspect.signature(function).parameters
+
+
+def lay_out_steps(
+    scheduler: SchedulerMixin, calls: int, strength: float, spacing: Spacing, calls_name: str
+) -> LevelSteps:
+    """
+    The steps from `strength` of the noise process down to no noise.
+
+    Args:
+        scheduler: Is copied, not changed.
+        calls: Network calls. A second-order scheduler calls the network twice a step but for the last, so it makes an
+            odd number.
+        strength: Share in (0, 1] of the noise process.
+        spacing: "scheduler": as the scheduler places its last steps; "log_snr": evenly in log-SNR; or the times.
+        calls_name: What the argument `calls` is called where the user gave it.
+
+    Raises:
+        ValueError: for steps that the scheduler cannot make.
+    """
+    scheduler = copy.deepcopy(scheduler)
+    train_steps = scheduler.config.num_train_timesteps
+    steps = (calls + 1) // 2 if scheduler.order == 2 else calls
+    if isinstance(spacing, str) and steps > strength * train_steps:
+        raise ValueError(
+            f"{calls_name}={calls}: expected at most {int(strength * train_steps)}, the training steps up to the noise "
+            f"that the level starts from (strength {strength})"
+        )
+    if spacing == "scheduler":
+        begin = _respace(scheduler, steps, strength)
+    else:
+        begin = 0
+        _place(scheduler, _times(scheduler, steps, strength, spacing))
+    if hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
+    return LevelSteps(scheduler, scheduler.timesteps[begin:])
+
+
+def _respace(scheduler: SchedulerMixin, steps: int, strength: float) -> int:
+    """Gives the scheduler the fewest steps whose last `steps` begin within the strength; returns where they begin."""
+    limit, order = strength * scheduler.config.num_train_timesteps, scheduler.order
+
+    def starts_within(total: int) -> bool:
+        try:
+            scheduler.set_timesteps(total)
+        except ValueError as error:
+            raise ValueError(f"{type(scheduler).__name__} does not take {total} steps: {error}") from error
+        return float(scheduler.timesteps[order * (total - steps)]) <= limit
+
+    totals = range(steps, scheduler.config.num_train_timesteps)
+    total = steps + bisect_left(totals, True, key=starts_within)
+    scheduler.set_timesteps(total)
+    begin = order * (total - steps)
+    if len(scheduler.timesteps[begin:]) != order * (steps - 1) + 1:
+        raise ValueError(
+            f"{type(scheduler).__name__} does not take as many steps as it is asked for: expected another, such as "
+            "DPMSolverMultistepScheduler"
+        )
+    return begin
+
+
+def _times(scheduler: SchedulerMixin, steps: int, strength: float, spacing: Spacing) -> list[int]:
+    if spacing == "log_snr":
+        return log_snr_times(scheduler.alphas_cumprod, steps, strength)
+    if isinstance(spacing, str):
+        raise ValueError(f"spacing={spacing!r}: expected 'scheduler', 'log_snr' or one list of times a level")
+    times, last = list(spacing), scheduler.config.num_train_timesteps - 1
+    if not times or times != sorted(set(times), reverse=True) or times[0] > last or times[-1] < 0:
+        raise ValueError(f"spacing={times}: expected descending times from {last} to 0")
+    return times
+
+
+def _place(scheduler: SchedulerMixin, times: list[int]) -> None:
+    if not takes(scheduler.set_timesteps, "timesteps"):
+        raise ValueError(
+            f"spacing: {type(scheduler).__name__} places its steps itself; expected 'scheduler', or a scheduler whose "
+            "`set_timesteps` takes `timesteps`, such as DPMSolverMultistepScheduler"
+        )
+    scheduler.set_timesteps(timesteps=times)
+
+
+def log_snr_times(alphas_cumprod: torch.Tensor, steps: int, strength: float) -> list[int]:
+    """`steps` training times, descending to 0, as evenly spaced in log(alpha_bar / (1 - alpha_bar)) as can be."""
+    alphas_cumprod = alphas_cumprod.cpu().double().clamp(1e-8, 1 - 1e-8).numpy()
+    log_snr = np.log(alphas_cumprod / (1 - alphas_cumprod))
+    start = max(round(strength * len(log_snr)), steps) - 1
+    wanted = np.linspace(log_snr[start], log_snr[0], steps)
+    times = [int(np.abs(log_snr - value).argmin()) for value in wanted]
+    for index in range(1, steps):
+        times[index] = min(times[index], times[index - 1] - 1)
+    return [max(time, steps - 1 - index) for index, time in enumerate(times)]
+
+
+def check_start_above_zero(steps: LevelSteps, name: str, calls: int) -> None:
+    """A level must start at some noise: its first step would otherwise do nothing."""
+    if steps.times[0] == 0:
+        raise ValueError(
+            f"{name}={calls}: {type(steps.scheduler).__name__} would start at time 0, where there is no noise; "
+            "expected 2 or more, or timestep_spacing='trailing' in its config"
+        )
+
+
+# pyrdiff.parts.sampling: What the pipelines share of a call: progress, interruption, callbacks, and the way out of [-1, 1].
+
+Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
+
+
+def plain(module: torch.nn.Module) -> torch.nn.Module:
+    """The module inside a compiled one."""
+    return getattr(module, "_orig_mod", module)
+
+
+class SamplingRun:
+    """The running call of a pipeline: what happens after each of its steps."""
+
+    def __init__(self, pipeline, progress, callback: Callable | None, tensor_inputs: Sequence[str]):
+        self._pipeline, self._progress = pipeline, progress
+        self._callback, self._tensor_inputs = callback, tensor_inputs
+        self._steps = 0
+
+    @property
+    def interrupted(self) -> bool:
+        return self._pipeline.interrupt
+
+    def after_step(self, timestep: torch.Tensor | int, latents: torch.Tensor) -> torch.Tensor:
+        """Tells the callback and the progress bar; returns the latents, or those that the callback made of them."""
+        if self._callback is not None:
+            tensors = {"latents": latents} if "latents" in self._tensor_inputs else {}
+            changed = self._callback(self._pipeline, self._steps, timestep, tensors) or {}
+            latents = changed.pop("latents", latents)
+        self._steps += 1
+        self._progress.update()
+        return latents
+
+
+class SamplingPipeline(StandaloneSaving):
+    """A base beside `DiffusionPipeline`, before it: `class P(SamplingPipeline, DiffusionPipeline)`."""
+
+    model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ["latents"]
+
+    @property
+    def num_timesteps(self) -> int:
+        """Network calls of the last run."""
+        return self._num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        return self._interrupt
+
+    @contextmanager
+    def _running(self, calls: int, callback: Callable | None, tensor_inputs: Sequence[str]) -> Iterator[SamplingRun]:
+        self._interrupt, self._num_timesteps = False, calls
+        with self.progress_bar(total=calls) as progress:
+            yield SamplingRun(self, progress, callback, tensor_inputs)
+        self.maybe_free_model_hooks()
+
+    def _check_callback_inputs(self, names: Sequence[str]) -> None:
+        if not set(names) <= set(self._callback_tensor_inputs):
+            raise ValueError(
+                f"callback_on_step_end_tensor_inputs={list(names)}: expected a subset of {self._callback_tensor_inputs}"
+            )
+
+    @property
+    def _channels(self) -> int:
+        """Of an image."""
+        return getattr(self.unet.config, "image_channels", self.unet.config.in_channels)
+
+    @property
+    def _size_multiple(self) -> int:
+        """Sides of a network's sample are multiples of this."""
+        return 2 ** (len(getattr(self.unet.config, "block_out_channels", (1,))) - 1)
+
+    def _predict(self, sample: torch.Tensor, time: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
+        """The network's output [B, C, H, W], float32; it is told where the pixels lie if it wants to know."""
+        where = {"coordinates": coordinates} if takes(plain(self.unet).forward, "coordinates") else {}
+        return self.unet(sample.to(self.unet.dtype), time, **where, return_dict=False)[0].float()
+
+    def _to_output(self, latents: torch.Tensor, size: tuple[int, int], output_type: str) -> Images:
+        """Latents [B, C, H, W] in [-1, 1] at a size and in the form that was asked for."""
+        if latents.shape[-2:] != size:
+            latents = F.interpolate(latents, size, mode="bicubic", align_corners=False, antialias=True)
+        if output_type == "latent":
+            return latents
+        return self._in_unit_range((latents / 2 + 0.5).clamp(0, 1), output_type)
+
+    def _in_unit_range(self, images: torch.Tensor, output_type: str) -> Images:
+        """Images [B, C, H, W] in [0, 1] as "pil", "np" or "pt"."""
+        if output_type == "pt":
+            return images
+        images = images.cpu().permute(0, 2, 3, 1).numpy()
+        return self.numpy_to_pil(images) if output_type == "pil" else images
+
+
 # pyrdiff.pipelines.pipeline_pyramidal
-
-logger = logging.get_logger(__name__)
-
-Size = int | tuple[int, int]
-
 
 @dataclass
 class PyramidalLevel:
@@ -273,7 +728,26 @@ class PyramidalPipelineOutput(BaseOutput):
     levels: list | None = None
 
 
-class PyramidalPipeline(StandaloneSaving, DiffusionPipeline):
+class PyramidalArguments(NamedTuple):
+    """The arguments of a call that say its levels and steps, with their defaults: what a plan may set."""
+
+    resolutions: Sequence[Size] | None = None
+    num_inference_steps: int = 100
+    refine_steps: int | Sequence[int] = 8
+    refine_strength: float | Sequence[float] = 0.3
+    spacing: str | Sequence[Sequence[int]] = "scheduler"
+
+
+@dataclass(frozen=True)
+class PyramidalStage:
+    """One level of a running call: its size, the size that the network runs at, both (height, width), and its steps."""
+
+    size: tuple[int, int]
+    network_size: tuple[int, int]
+    steps: LevelSteps
+
+
+class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
     r"""
     Unconditional generation by Pyramidal DDPM: the whole reverse process at the lowest resolution, then at each higher
     one only the last part of it, from the enlarged and renoised image.
@@ -283,79 +757,34 @@ class PyramidalPipeline(StandaloneSaving, DiffusionPipeline):
             plain `UNet2DModel` works too.
         scheduler: Any scheduler of diffusers with `add_noise`; runs the lowest level.
         refine_scheduler (*optional*): Runs the levels above; by default the same one.
-        detail_spectra (`dict`, *optional*): For `stage_jump="matched"`: the covariance over channels of the details
-            that enlarging loses, by spatial frequency: {"HxW" of a level: [bins, C, C]}, in the [-1, 1] range. The
-            trainer measures it.
-        spectra (`dict`, *optional*): Colour axes and power spectrum of the training images at every level, as
-            `pyrdiff.plan.Spectra` keeps them. The trainer measures them; plans are fitted to them.
         plans (`dict`, *optional*): Named plans for `plan=`: {name: {argument of a call: value}}, and in it, as
             "scheduler" and "refine_scheduler", [class of diffusers, {setting: value}] to run the levels with instead.
     """
 
-    model_cpu_offload_seq = "unet"
     _optional_components = ["refine_scheduler"]
-    _callback_tensor_inputs = ["latents"]
-    NOISE_PROCESS = (
-        "num_train_timesteps",
-        "beta_start",
-        "beta_end",
-        "beta_schedule",
-        "trained_betas",
-        "prediction_type",
-        "rescale_betas_zero_snr",
-    )
-    PLAN_ARGUMENTS = (
-        "resolutions",
-        "num_inference_steps",
-        "refine_steps",
-        "refine_strength",
-        "spacing",
-        "stage_jump",
-    )
+    PLAN_ARGUMENTS = PyramidalArguments._fields
+    RETIRED = ("detail_spectra", "spectra")
 
     def __init__(
         self,
         unet: ModelMixin,
         scheduler: SchedulerMixin,
         refine_scheduler: SchedulerMixin | None = None,
-        detail_spectra: dict | None = None,
-        spectra: dict | None = None,
         plans: dict | None = None,
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, refine_scheduler=refine_scheduler)
-        self.register_to_config(detail_spectra=detail_spectra, spectra=spectra, plans=plans)
-        for name in ("scheduler", "refine_scheduler"):
-            if getattr(self, name) is not None:
-                self._check_scheduler(name, getattr(self, name))
+        self.register_to_config(plans=plans)
+        check_scheduler("scheduler", scheduler)
+        if refine_scheduler is not None:
+            check_scheduler("refine_scheduler", refine_scheduler)
         for plan in (plans or {}).values():
-            self._named_plan(plan, {})
+            self._choose(plan, PyramidalArguments())
 
     @staticmethod
-    def _check_scheduler(name: str, part) -> None:
-        if not (hasattr(part, "add_noise") and hasattr(part, "alphas_cumprod")):
-            raise ValueError(
-                f"{name}={type(part).__name__}: expected a scheduler with `add_noise` and `alphas_cumprod`, such "
-                "as DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler or "
-                "HeunDiscreteScheduler"
-            )
-
-    @property
-    def num_timesteps(self) -> int:
-        """Network calls of the last run."""
-        return self._num_timesteps
-
-    @property
-    def interrupt(self) -> bool:
-        return self._interrupt
-
-    @staticmethod
-    def coordinate_grid(height: int, width: int, box=(0.0, 0.0, 1.0, 1.0)) -> torch.Tensor:
+    def coordinate_grid(height: int, width: int, box: Sequence[float] = (0.0, 0.0, 1.0, 1.0)) -> torch.Tensor:
         """(row, column) of the pixel centres of a window (top, left, bottom, right), float32 [2, height, width]."""
-        top, left, bottom, right = box
-        rows = top + (bottom - top) * (torch.arange(height, dtype=torch.float64) + 0.5) / height
-        columns = left + (right - left) * (torch.arange(width, dtype=torch.float64) + 0.5) / width
-        return torch.stack(torch.meshgrid(rows, columns, indexing="ij")).float()
+        return pixel_grid(height, width, box)
 
     def plan(
         self,
@@ -367,83 +796,13 @@ class PyramidalPipeline(StandaloneSaving, DiffusionPipeline):
         plan: str | dict | None = None,
     ) -> PyramidalPlan:
         """The levels, steps and cost of a call with these arguments (see `__call__`), without running the network."""
-        if plan is not None:
-            given = (resolutions, num_inference_steps, refine_steps, refine_strength, spacing)
-            arguments, schedulers = self._named_plan(plan, dict(zip(self.PLAN_ARGUMENTS, given, strict=False)))
-            arguments = {name: value for name, value in arguments.items() if name != "stage_jump"}
-            return self._lay_out(schedulers, **arguments)
-        schedulers = (self.scheduler, self.refine_scheduler or self.scheduler)
-        return self._lay_out(schedulers, resolutions, num_inference_steps, refine_steps, refine_strength, spacing)
-
-    def _named_plan(self, plan: str | dict, given: dict) -> tuple[dict, tuple]:
-        """The arguments and the two schedulers of a plan; raises if arguments were given beside it."""
-        defaults = inspect.signature(type(self).__call__).parameters
-        for name, value in given.items():
-            if value is not defaults[name].default and value != defaults[name].default:
-                raise ValueError(f"plan={plan!r} with {name}={value!r}: expected one or the other")
-        if isinstance(plan, str):
-            known = self.config.plans or {}
-            if plan not in known:
-                raise ValueError(f"plan={plan!r}: expected one of {sorted(known)}, or a dict of arguments")
-            plan = known[plan]
-        if not isinstance(plan, dict):
-            raise ValueError(f"plan={plan!r}: expected a name or a dict of arguments")
-        arguments, schedulers = {name: defaults[name].default for name in self.PLAN_ARGUMENTS}, {}
-        for name, value in plan.items():
-            if name in self.PLAN_ARGUMENTS:
-                arguments[name] = value
-            elif name in ("scheduler", "refine_scheduler"):
-                schedulers[name] = None if value is None else self._other_scheduler(name, value)
-            else:
-                raise ValueError(f"plan has {name!r}: expected {self.PLAN_ARGUMENTS}, scheduler, refine_scheduler")
-        low = schedulers.get("scheduler") or self.scheduler
-        own = self.refine_scheduler if not schedulers else None
-        return arguments, (low, schedulers.get("refine_scheduler") or own or low)
-
-    def _other_scheduler(self, name: str, entry) -> SchedulerMixin:
-        """A scheduler of diffusers over the same noise process; all else is its own default, or as set."""
-        if not (isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[1], dict)):
-            raise ValueError(f"{name} of the plan is {entry!r}: expected [class of diffusers, {{setting: value}}]")
-        kind, settings, config = getattr(diffusers, str(entry[0]), None), entry[1], self.scheduler.config
-        if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
-            raise ValueError(f"{name} of the plan is {entry[0]!r}: expected a scheduler of diffusers")
-        known = set(inspect.signature(kind.__init__).parameters) - {"self"}
-        for setting in settings:
-            if setting not in known - set(self.NOISE_PROCESS):
-                raise ValueError(f"{name} of the plan sets {setting!r}: expected settings of {entry[0]}'s steps")
-        process = {key: config[key] for key in self.NOISE_PROCESS if key in config and key in known}
-        part = kind(**process, **settings)
-        self._check_scheduler(name, part)
-        return part
-
-    def _lay_out(
-        self, schedulers, resolutions, num_inference_steps, refine_steps, refine_strength, spacing
-    ) -> PyramidalPlan:
-        sizes = self._level_sizes(resolutions)
-        if not isinstance(spacing, str):  # the times say how many calls there are
-            if len(spacing) != len(sizes):
-                raise ValueError(
-                    f"spacing gives times for {len(spacing)} levels: expected one list for each of {len(sizes)}"
-                )
-            for times in spacing:
-                if not isinstance(times, (list, tuple)) or not all(isinstance(time, int) for time in times):
-                    raise ValueError(f"spacing={spacing}: expected one list of whole numbers for each level")
-            num_inference_steps, *refine_steps = (len(times) for times in spacing)
-        steps = self._per_level("refine_steps", refine_steps, len(sizes) - 1)
-        strengths = self._per_level("refine_strength", refine_strength, len(sizes) - 1)
-        for name, values in (("num_inference_steps", [num_inference_steps]), ("refine_steps", steps)):
-            if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in values):
-                raise ValueError(f"{name}={values if len(values) > 1 else values[0]}: expected whole numbers from 1 up")
-        if not all(0 < strength <= 1 for strength in strengths):
-            raise ValueError(f"refine_strength={refine_strength}: expected numbers in (0, 1]")
-        levels, top_area = [], math.prod(self._network_size(sizes[-1]))
-        for index, size in enumerate(sizes):
-            calls = [num_inference_steps, *steps][index]
-            strength = [1.0, *strengths][index]
-            timesteps = self._set_timesteps(schedulers[min(index, 1)], index, calls, strength, spacing)
-            network_size = self._network_size(size)
-            cost = len(timesteps) * math.prod(network_size) / top_area
-            levels.append(PyramidalLevel(size, network_size, [float(t) for t in timesteps], cost))
+        arguments = PyramidalArguments(resolutions, num_inference_steps, refine_steps, refine_strength, spacing)
+        stages = self.lay_out(plan, arguments)
+        top = stages[-1].network_size
+        levels = [
+            PyramidalLevel(s.size, s.network_size, s.steps.times, nfe_eq(len(s.steps), s.network_size, top))
+            for s in stages
+        ]
         return PyramidalPlan(levels)
 
     @torch.no_grad()
@@ -456,7 +815,6 @@ class PyramidalPipeline(StandaloneSaving, DiffusionPipeline):
         refine_strength: float | Sequence[float] = 0.3,
         box: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0),
         spacing: Literal["scheduler", "log_snr"] | Sequence[Sequence[int]] = "scheduler",
-        stage_jump: Literal["white", "matched"] = "white",
         plan: str | dict | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: Literal["pil", "np", "pt", "latent"] = "pil",
@@ -481,8 +839,6 @@ class PyramidalPipeline(StandaloneSaving, DiffusionPipeline):
                 those of the window.
             spacing: How the steps of a level are placed: as the scheduler does, uniformly in log-SNR, or the times
                 themselves, one descending list a level.
-            stage_jump: What is added to an enlarged image: white noise (the paper), or also noise with the spectrum of
-                the details that enlarging lacks (needs `detail_spectra`).
             plan: A plan of the pipeline by its name (`pipeline.config.plans`), or one as a dict, in place of the
                 arguments above but `box`, which are then left at their defaults.
             generator: One generator, or one an image: image k then does not depend on the others.
@@ -495,237 +851,131 @@ class PyramidalPipeline(StandaloneSaving, DiffusionPipeline):
         Raises:
             ValueError: for arguments out of range, before any work.
         """
-        # 1. Check, and lay out the plan.
-        schedulers = (self.scheduler, self.refine_scheduler or self.scheduler)
-        given = (resolutions, num_inference_steps, refine_steps, refine_strength, spacing, stage_jump)
-        arguments = dict(zip(self.PLAN_ARGUMENTS, given, strict=True))
-        if plan is not None:
-            arguments, schedulers = self._named_plan(plan, arguments)
-        stage_jump = arguments.pop("stage_jump")
-        plan = self._lay_out(schedulers, **arguments)
-        self._check_inputs(
-            batch_size, box, stage_jump, generator, output_type, callback_on_step_end_tensor_inputs, plan
-        )
-        device, dtype = self._execution_device, self.unet.dtype
-        channels = getattr(self.unet.config, "image_channels", self.unet.config.in_channels)
-        takes_coordinates = "coordinates" in inspect.signature(self._plain(self.unet).forward).parameters
-        self._interrupt, self._num_timesteps, step_count = False, plan.network_calls, 0
-        strengths = [1.0, *self._per_level("refine_strength", arguments["refine_strength"], len(plan.levels) - 1)]
+        arguments = PyramidalArguments(resolutions, num_inference_steps, refine_steps, refine_strength, spacing)
+        stages = self.lay_out(plan, arguments)
+        self._check_call(batch_size, box, generator, output_type, callback_on_step_end_tensor_inputs)
+        calls = sum(len(stage.steps) for stage in stages)
         latents, levels = None, []
-
-        with self.progress_bar(total=plan.network_calls) as progress:
-            for index, level in enumerate(plan.levels):
-                if self.interrupt:
+        with self._running(calls, callback_on_step_end, callback_on_step_end_tensor_inputs) as run:
+            for stage in stages:
+                if run.interrupted:
                     break
-                # Schedulers read their times as numbers, so these stay on the CPU, where that waits for no GPU; the
-                # network gets a copy beside it.
-                scheduler = schedulers[min(index, 1)]
-                calls = len(level.timesteps)
-                timesteps = self._set_timesteps(scheduler, index, calls, strengths[index], arguments["spacing"])
-                network_times = timesteps.to(device)
-                shape = (batch_size, channels, *level.network_size)
-                noise = randn_tensor(shape, generator=generator, device=device)
-
-                # 2. Line 1: noise at the lowest level; lines 7 and 8: enlarge, then renoise (eq. 2).
-                if latents is None:
-                    latents = noise * scheduler.init_noise_sigma
-                else:
-                    latents = F.interpolate(latents, level.network_size, mode="bicubic", align_corners=False)
-                    if stage_jump == "matched":
-                        latents = latents + self._detail_noise(shape, level.size, generator, device)
-                    latents = scheduler.add_noise(latents, noise, timesteps[:1].expand(batch_size).to(device))
-
-                # 3. Lines 2-4 and 9-11: the reverse process.
-                where = {}
-                if takes_coordinates:
-                    grid = self.coordinate_grid(*level.network_size, box).to(device)
-                    where["coordinates"] = grid[None].expand(batch_size, -1, -1, -1)
-                step_arguments = {}
-                if "generator" in inspect.signature(scheduler.step).parameters:
-                    step_arguments["generator"] = generator
-                for timestep, network_time in zip(timesteps, network_times, strict=True):
-                    if self.interrupt:
-                        continue
-                    model_input = scheduler.scale_model_input(latents, timestep).to(dtype)
-                    prediction = self.unet(model_input, network_time, **where, return_dict=False)[0].float()
-                    latents = scheduler.step(prediction, timestep, latents, **step_arguments, return_dict=False)[0]
-                    if callback_on_step_end is not None:
-                        tensors = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
-                        changed = callback_on_step_end(self, step_count, timestep, tensors) or {}
-                        latents = changed.pop("latents", latents)
-                    step_count += 1
-                    progress.update()
-
-                if return_levels:
-                    levels.append(self._to_output(latents, level.size, output_type))
-
-        # 4. From [-1, 1] to what was asked for.
-        images = self._to_output(latents, plan.levels[-1].size, output_type)
-        self.maybe_free_model_hooks()
+                latents = self._begin(stage, latents, batch_size, generator)  # line 1; lines 7 and 8
+                coordinates = self._coordinates(stage, box, batch_size)
+                for timestep, network_time in stage.steps.on(latents.device):  # lines 2 to 4; lines 9 to 11
+                    if run.interrupted:
+                        break
+                    sample = stage.steps.scheduler.scale_model_input(latents, timestep)
+                    prediction = self._predict(sample, network_time, coordinates)
+                    latents = stage.steps.step(prediction, timestep, latents, generator)
+                    latents = run.after_step(timestep, latents)
+                levels.append((latents, stage.size))
+            images = self._to_output(latents, stages[-1].size, output_type)
+            levels = [self._to_output(*level, output_type) for level in levels] if return_levels else None
         if not return_dict:
-            return (images, levels if return_levels else None)
-        return PyramidalPipelineOutput(images=images, levels=levels if return_levels else None)
+            return (images, levels)
+        return PyramidalPipelineOutput(images=images, levels=levels)
 
-    @staticmethod
-    def _plain(module: torch.nn.Module) -> torch.nn.Module:
-        """The module inside a compiled one."""
-        return getattr(module, "_orig_mod", module)
+    def _begin(
+        self, stage: PyramidalStage, latents: torch.Tensor | None, batch_size: int, generator: Generators
+    ) -> torch.Tensor:
+        """Noise at the lowest level (line 1); above, what was reached below, enlarged and renoised (eq. 2)."""
+        shape = (batch_size, self._channels, *stage.network_size)
+        noise = randn_tensor(shape, generator=generator, device=self._execution_device)
+        if latents is None:
+            return noise * stage.steps.scheduler.init_noise_sigma
+        enlarged = F.interpolate(latents, stage.network_size, mode="bicubic", align_corners=False)
+        return stage.steps.renoise(enlarged, noise)
 
-    @staticmethod
-    def _per_level(name: str, value, count: int) -> list:
-        if not isinstance(value, Sequence):
-            return [value] * count
-        if len(value) != count:
-            raise ValueError(f"{name}={list(value)}: expected one number, or one for each of the {count} higher levels")
-        return list(value)
+    def _coordinates(self, stage: PyramidalStage, box: Sequence[float], batch_size: int) -> torch.Tensor:
+        grid = pixel_grid(*stage.network_size, box).to(self._execution_device)
+        return grid[None].expand(batch_size, -1, -1, -1)
+
+    def lay_out(
+        self, plan: str | dict | None = None, arguments: PyramidalArguments | None = None
+    ) -> list[PyramidalStage]:
+        """
+        The levels of a call, low to high, each with a scheduler of its own that is ready for its steps.
+
+        Args:
+            plan: See `__call__`; beside it the arguments must be the defaults.
+            arguments: Of a call; `None` for the defaults.
+
+        Raises:
+            ValueError: for what cannot run.
+        """
+        arguments = PyramidalArguments() if arguments is None else arguments
+        arguments, schedulers = self._choose(plan, arguments)
+        sizes = self._level_sizes(arguments.resolutions)
+        spacings = self._spacings(arguments.spacing, len(sizes))
+        calls = self._calls(arguments, spacings)
+        strengths = per_level("refine_strength", arguments.refine_strength, len(sizes) - 1)
+        for strength in strengths:
+            check_strength("refine_strength", strength)
+        stages = []
+        for index, (size, strength) in enumerate(zip(sizes, [1.0, *strengths], strict=True)):
+            name = "refine_steps" if index else "num_inference_steps"
+            steps = lay_out_steps(schedulers[min(index, 1)], calls[index], strength, spacings[index], name)
+            if index and spacings[index] == "scheduler":
+                check_start_above_zero(steps, name, calls[index])
+            stages.append(PyramidalStage(size, rounded_up(size, self._size_multiple), steps))
+        return stages
+
+    def _choose(
+        self, plan: str | dict | None, arguments: PyramidalArguments
+    ) -> tuple[PyramidalArguments, tuple[SchedulerMixin, SchedulerMixin]]:
+        """The arguments of the plan, or those given; and the schedulers of the lowest level and of those above."""
+        if plan is None:
+            return arguments, (self.scheduler, self.refine_scheduler or self.scheduler)
+        check_not_beside_plan(plan, arguments)
+        named = read_plan(plan, self.config.plans, self.PLAN_ARGUMENTS, ("scheduler", "refine_scheduler"))
+        chosen = {
+            name: plan_scheduler(name, entry, self.scheduler) for name, entry in named.schedulers.items() if entry
+        }
+        low = chosen.get("scheduler", self.scheduler)
+        own = None if named.schedulers else self.refine_scheduler
+        return PyramidalArguments(**named.arguments), (low, chosen.get("refine_scheduler") or own or low)
 
     def _level_sizes(self, resolutions: Sequence[Size] | None) -> list[tuple[int, int]]:
-        """The levels as (height, width); raises unless they increase and the network can run at the lowest."""
+        """The levels as (height, width), by default those of training."""
         if resolutions is None:
             resolutions = getattr(self.unet.config, "resolutions", None) or [self.unet.config.sample_size]
             if resolutions == [None]:
                 raise ValueError("resolutions=None: expected a list, since the network's config names none")
-        if isinstance(resolutions, int) or len(resolutions) == 0:
-            raise ValueError(f"resolutions={resolutions}: expected a list of sizes, low to high, such as [16, 32, 64]")
-        sizes = []
-        for size in resolutions:
-            pair = tuple(size) if isinstance(size, Sequence) else (size, size)
-            if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
-                raise ValueError(f"resolutions={list(resolutions)}: expected whole numbers or (height, width) pairs")
-            sizes.append(pair)
-        for low, high in zip(sizes, sizes[1:], strict=False):
-            if high[0] < low[0] or high[1] < low[1] or high == low:
-                raise ValueError(
-                    f"resolutions={list(resolutions)}: expected each level to be larger than the one before"
-                )
-        smallest = self._size_multiple()
-        if min(sizes[0]) < smallest:
-            raise ValueError(f"resolutions={list(resolutions)}: expected sides of at least {smallest} for this network")
+        sizes = check_growing("resolutions", resolutions)
+        if min(sizes[0]) < self._size_multiple:
+            raise ValueError(
+                f"resolutions={list(resolutions)}: expected sides of at least {self._size_multiple} for this network"
+            )
         return sizes
 
-    def _size_multiple(self) -> int:
-        """Sides of a network's sample are multiples of this."""
-        return 2 ** (len(getattr(self.unet.config, "block_out_channels", (1,))) - 1)
-
-    def _network_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        multiple = self._size_multiple()
-        return tuple(math.ceil(side / multiple) * multiple for side in size)
-
-    def _set_timesteps(self, scheduler, index: int, calls: int, strength: float, spacing) -> torch.Tensor:
-        """
-        Readies the level's scheduler for `calls` network calls from `strength` of the noise process down to 0, and
-        returns their timesteps. A second-order scheduler calls the network twice a step but for the last.
-        """
-        train_steps = scheduler.config.num_train_timesteps
-        steps = (calls + 1) // 2 if scheduler.order == 2 else calls
-        if isinstance(spacing, str) and steps > strength * train_steps:
-            name = "num_inference_steps" if index == 0 else "refine_steps"
-            raise ValueError(
-                f"{name}={calls}: expected at most {int(strength * train_steps)}, the training steps up to the noise "
-                f"that the level starts from (strength {strength})"
-            )
-        if spacing == "scheduler":
-            # Respaced so that the level's steps are the last ones of a full schedule and begin at the strength.
-            few, many = steps, train_steps
-            while few < many:
-                middle = (few + many) // 2
-                try:
-                    scheduler.set_timesteps(middle)
-                except ValueError as error:
-                    raise ValueError(f"{type(scheduler).__name__} does not take {middle} steps: {error}") from error
-                if float(scheduler.timesteps[scheduler.order * (middle - steps)]) > strength * train_steps:
-                    few = middle + 1
-                else:
-                    many = middle
-            scheduler.set_timesteps(few)
-            begin = scheduler.order * (few - steps)
-            if len(scheduler.timesteps[begin:]) != scheduler.order * (steps - 1) + 1:
-                raise ValueError(
-                    f"{type(scheduler).__name__} does not take as many steps as it is asked for: expected another, "
-                    "such as DPMSolverMultistepScheduler"
-                )
-            if index > 0 and float(scheduler.timesteps[begin]) == 0:
-                raise ValueError(
-                    f"refine_steps={calls}: {type(scheduler).__name__} would start at time 0; expected 2 or more, or "
-                    "timestep_spacing='trailing' in its config"
-                )
-        else:
-            if "timesteps" not in inspect.signature(scheduler.set_timesteps).parameters:
-                raise ValueError(
-                    f"spacing={spacing!r}: {type(scheduler).__name__} places its steps itself; expected 'scheduler' "
-                    "or a scheduler whose `set_timesteps` takes `timesteps`, such as DPMSolverMultistepScheduler"
-                )
-            if spacing == "log_snr":
-                times = self._log_snr_times(scheduler.alphas_cumprod, steps, strength)
-            elif isinstance(spacing, str):
-                raise ValueError(f"spacing={spacing!r}: expected 'scheduler', 'log_snr' or one list of times a level")
-            else:
-                times = list(spacing[index])
-                if not times or times != sorted(set(times), reverse=True) or times[0] >= train_steps or times[-1] < 0:
-                    raise ValueError(f"spacing[{index}]={times}: expected descending times from {train_steps - 1} to 0")
-            scheduler.set_timesteps(timesteps=times)
-            begin = 0
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(begin)
-        return scheduler.timesteps[begin:]
+    @staticmethod
+    def _spacings(spacing: str | Sequence[Sequence[int]], levels: int) -> list[Spacing]:
+        """The spacing of each level."""
+        if isinstance(spacing, str):
+            return [spacing] * levels
+        if len(spacing) != levels:
+            raise ValueError(f"spacing gives times for {len(spacing)} levels: expected one list for each of {levels}")
+        for times in spacing:
+            if not isinstance(times, (list, tuple)) or not all(isinstance(time, int) for time in times):
+                raise ValueError(f"spacing={spacing}: expected one list of whole numbers for each level")
+        return list(spacing)
 
     @staticmethod
-    def _log_snr_times(alphas_cumprod: torch.Tensor, steps: int, strength: float) -> list[int]:
-        """`steps` training times, descending to 0, as evenly spaced in log(alpha_bar / (1 - alpha_bar)) as can be."""
-        alphas_cumprod = alphas_cumprod.cpu().double().clamp(1e-8, 1 - 1e-8).numpy()
-        log_snr = np.log(alphas_cumprod / (1 - alphas_cumprod))
-        start = max(round(strength * len(log_snr)), steps) - 1
-        wanted = np.linspace(log_snr[start], log_snr[0], steps)
-        times = [int(np.abs(log_snr - value).argmin()) for value in wanted]
-        for index in range(1, steps):
-            times[index] = min(times[index], times[index - 1] - 1)
-        return [max(time, steps - 1 - index) for index, time in enumerate(times)]
+    def _calls(arguments: PyramidalArguments, spacings: list[Spacing]) -> list[int]:
+        """Network calls of each level; where times are given, these say how many."""
+        if not isinstance(spacings[0], str):
+            return [len(times) for times in spacings]
+        refine_steps = per_level("refine_steps", arguments.refine_steps, len(spacings) - 1)
+        check_count("num_inference_steps", arguments.num_inference_steps)
+        for steps in refine_steps:
+            check_count("refine_steps", steps)
+        return [arguments.num_inference_steps, *refine_steps]
 
-    def _detail_noise(self, shape, size: tuple[int, int], generator, device) -> torch.Tensor:
-        """Gaussian noise [B, C, H, W] with the measured covariance over channels at each spatial frequency."""
-        covariance = torch.tensor(self.config.detail_spectra["{}x{}".format(*size)], dtype=torch.float64)
-        values, vectors = torch.linalg.eigh(covariance)
-        mixing = (vectors * values.clamp(min=0).sqrt()[:, None, :]) @ vectors.mT
-        height, width = shape[-2:]
-        rows, columns = torch.fft.fftfreq(height) * height, torch.fft.rfftfreq(width) * width
-        radius = (rows[:, None] ** 2 + columns[None] ** 2).sqrt().round().long().clamp(max=len(mixing) - 1)
-        filters = mixing[radius].to(device, torch.complex64)
-        noise = torch.fft.rfft2(randn_tensor(shape, generator=generator, device=device))
-        return torch.fft.irfft2(torch.einsum("hwcd,bdhw->bchw", filters, noise), s=(height, width))
-
-    def _check_inputs(self, batch_size, box, stage_jump, generator, output_type, callback_inputs, plan) -> None:
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: expected a whole number from 1 up")
+    def _check_call(self, batch_size, box, generator, output_type, callback_inputs) -> None:
+        check_count("batch_size", batch_size)
         if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
             raise ValueError(f"box={box}: expected (top, left, bottom, right) within [0, 1]")
-        if isinstance(generator, list) and len(generator) != batch_size:
-            raise ValueError(f"generator has {len(generator)} entries: expected one, or batch_size={batch_size}")
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"output_type={output_type!r}: expected 'pil', 'np', 'pt' or 'latent'")
-        if stage_jump not in ("white", "matched"):
-            raise ValueError(f"stage_jump={stage_jump!r}: expected 'white' or 'matched'")
-        if stage_jump == "matched" and tuple(box) != (0, 0, 1, 1):
-            raise ValueError(f"stage_jump='matched' with box={box}: expected the whole image, which was measured")
-        if stage_jump == "matched":
-            known = sorted(self.config.detail_spectra or {})
-            for level in plan.levels[1:]:
-                if "{}x{}".format(*level.size) not in known:
-                    raise ValueError(
-                        f"stage_jump='matched' at {level.size}: expected one of the measured sizes {known}"
-                    )
-        if not set(callback_inputs) <= set(self._callback_tensor_inputs):
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs={list(callback_inputs)}: expected a subset of "
-                f"{self._callback_tensor_inputs}"
-            )
-
-    def _to_output(self, latents: torch.Tensor, size: tuple[int, int], output_type: str):
-        if latents.shape[-2:] != size:
-            latents = F.interpolate(latents, size, mode="bicubic", align_corners=False, antialias=True)
-        if output_type == "latent":
-            return latents
-        images = (latents / 2 + 0.5).clamp(0, 1)
-        if output_type == "pt":
-            return images
-        images = images.cpu().permute(0, 2, 3, 1).numpy()
-        return self.numpy_to_pil(images) if output_type == "pil" else images
+        check_generator(generator, batch_size)
+        check_output_type(output_type)
+        self._check_callback_inputs(callback_inputs)
