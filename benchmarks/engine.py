@@ -165,6 +165,8 @@ def score(options) -> dict:
         pipeline.set_progress_bar_config(disable=True)
         steps = json.loads((folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1])["step"]
         for name, plan in plans(arm, pipeline).items():
+            if options.plans and not any(part in name for part in options.plans):
+                continue
             path = output / "samples" / f"{arm}-{seed} {name}.npy".replace(" ", "_").replace("/", "-")
             images = sample(pipeline, plan, options.count, path, options.bf16)
             row = {
@@ -232,6 +234,7 @@ def main() -> None:
     training.add_argument("--seed", type=int, default=0)
     scored.add_argument("--held_out", required=True, help="images that were not trained on: what real ones score")
     scored.add_argument("--only", nargs="+", choices=ARMS, help="these arms")
+    scored.add_argument("--plans", nargs="+", help="those with one of these in their names")
     scored.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     scored.add_argument("--count", type=int, default=1000, help="samples a plan")
     scored.add_argument("--features", default="squeezenet")
