@@ -4,7 +4,8 @@
 #
 #   benchmarks/recipes/faces.sh TRAIN_IMAGES TEST_IMAGES OUTPUT [cpu|gpu] [MINUTES]
 #
-# Resumable: the same command goes on. FEATURES and WEIGHTS choose the feature network (squeezenet, and its file);
+# Trained as the paper has it, at all times, since solvers at full size run on the same network. Resumable: the same
+# command goes on. FEATURES and WEIGHTS choose the feature network (squeezenet, and its file);
 # PRECISION=bf16 pays on a CPU only if it computes in it: others emulate it and are far slower.
 set -euo pipefail
 train=$1 test=$2 output=$3 size=${4:-cpu}
@@ -18,7 +19,7 @@ case $size in
 esac
 accelerate launch --num_processes 1 --num_machines 1 --mixed_precision "$precision" --dynamo_backend no \
     examples/train_pddpm.py --train_data_dir "$train" --output_dir "$output/training" \
-    --resolution 16 32 64 --random_flip True --minutes "$minutes" "${flags[@]}"
+    --resolution 16 32 64 --random_flip True --noise_window 1.0 --level_share 1 1 1 --minutes "$minutes" "${flags[@]}"
 python benchmarks/fitted_arms.py --model "$output/training/pipeline" --train "$train" --output "$output/arms.json"
 bench=(python benchmarks/bench.py --arms "$output/arms.json" --model "$output/training/pipeline" --reference "$test" --output "$output/bench.json"
        --cache "$output/images" --features "${FEATURES:-squeezenet}" ${WEIGHTS:+--weights "$WEIGHTS"})

@@ -20,6 +20,7 @@ for seed in 0 1; do
         accelerate launch --num_processes 1 --num_machines 1 --mixed_precision "$precision" --dynamo_backend no \
             examples/train_pddpm.py --train_data_dir "$data" --array_key x_train --image_channels 1 \
             --output_dir "$folder" --resolution 8 16 32 --learning_rate 1e-3 --random_flip True \
+            --noise_window 1.0 --level_share 1 1 1 \
             --seed "$seed" --use_coordinates "$coordinates" --max_train_steps "$steps" "${flags[@]}"
         name=$([ "$coordinates" = True ] && echo "with coordinates" || echo "without coordinates")
         arms+=(--arm "$name, seed $seed=$folder/pipeline")

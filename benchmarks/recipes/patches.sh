@@ -19,7 +19,7 @@ for seed in 0 1; do
         accelerate launch --num_processes 1 --num_machines 1 --mixed_precision "$precision" --dynamo_backend no \
             examples/train_pddpm.py --train_data_dir "$train" --output_dir "$folder" --resolution 16 32 64 \
             --patch_size 32 --learning_rate 5e-4 --random_flip True --seed "$seed" --use_coordinates "$coordinates" \
-            --max_train_steps "$steps" "${flags[@]}"
+            --noise_window 1.0 --level_share 1 1 1 --max_train_steps "$steps" "${flags[@]}"
         name=$([ "$coordinates" = True ] && echo "patches with coordinates" || echo "patches without coordinates")
         arms+=(--arm "$name, seed $seed=$folder/pipeline")
     done

@@ -1,6 +1,18 @@
-"""Plans of sampling: what they cost on this machine, and how to choose one."""
+"""Plans of sampling: what they cost on this machine, how to choose one, and how to find a model's own."""
 
 from .clipping import CLIP, clipping
 from .cost import StepCosts, bench_plans, choose, measure_costs
+from .tune import Judged, Tuning, candidates, tune
 
-__all__ = ["CLIP", "StepCosts", "bench_plans", "choose", "clipping", "measure_costs"]
+__all__ = [
+    "CLIP",
+    "Judged",
+    "StepCosts",
+    "Tuning",
+    "bench_plans",
+    "candidates",
+    "choose",
+    "clipping",
+    "measure_costs",
+    "tune",
+]

@@ -1,0 +1,57 @@
+"""`pyrdiff bench --tune`: a search for a model's own plans, which go into its folder."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from pyrdiff.commands.sample import open_device
+
+
+def tune_saved(options) -> dict:
+    """
+    Searches for the plans of a saved pipeline and writes them into its folder.
+
+    Args:
+        options: The flags of `pyrdiff bench`.
+
+    Raises:
+        ValueError: for a model without plans or outside a folder, or for too few images or minutes.
+    """
+    import torch
+
+    import pyrdiff
+    from pyrdiff import metrics
+    from pyrdiff.data import ImageLevels, open_source, replacing
+    from pyrdiff.pipelines import PyramidalPipeline
+    from pyrdiff.plan import tune
+
+    folder = Path(options.model)
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"--tune: {options.model!r} is no folder of a saved pipeline, into which plans could be written")
+    device = open_device(options.device)
+    pipeline = pyrdiff.load(folder).to(device)
+    if not isinstance(pipeline, PyramidalPipeline):
+        raise ValueError(f"--tune: {options.model!r} is a {type(pipeline).__name__}; expected a PyramidalPipeline")
+    pipeline.set_progress_bar_config(disable=True)
+    top, channels = pipeline.unet.config.resolutions[-1], pipeline.unet.config.image_channels
+    size = tuple(top) if isinstance(top, (list, tuple)) else (top, top)
+    source = open_source(Path(options.reference), array_key=options.array_key)
+    pixels = ImageLevels.build(source, [size], channels=channels).arrays[-1]
+    held_out = torch.from_numpy(pixels[:]).permute(0, 3, 1, 2).float() / 255
+    features = metrics.open_features(options.features, weights=options.weights, device=device)
+    found = tune(
+        pipeline,
+        held_out.to(device),
+        features,
+        minutes=options.tune,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    found.save(folder)
+    result = json.loads(json.dumps(asdict(found), allow_nan=False))
+    with replacing(options.output) as beside:
+        beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(found)
+    return result
