@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -350,3 +351,34 @@ def test_choosing_a_plan_reads_it(tmp_path):
     assert plans == {"fast": "fast", "default": {}, "mine": plan}
     assert quality == {"fast": 12.345, "default": 12.345, "mine": 9.0}
     assert intervals == {"fast": (11.0, 14.0), "default": (11.0, 14.0)}
+
+
+def test_tuning_writes_plans_and_figures_into_the_folder(run, tmp_path, models, monkeypatch):
+    module = sys.modules["pyrdiff.plan.tune"]
+    few = [plan for plan in module.candidates(pyrdiff.load(models["pyramid"])) if len(plan["spacing"][0]) == 20][::3]
+    monkeypatch.setattr(module, "candidates", lambda pipeline: few)
+    monkeypatch.setattr(module, "MOST", 32)  # so it ends long before its minutes
+    folder = shutil.copytree(models["pyramid"], tmp_path / "model")
+    write(tmp_path / "real", 32, 24)
+    result, printed, _, code = run(str(folder), "--reference", tmp_path / "real", "--tune", 30)
+    assert code == 0 and {"balanced", "best", "full"} <= {line.split()[0] for line in printed.splitlines()}
+    plans = pyrdiff.load(folder).config.plans
+    assert set(plans) == {"short", "tiny", *result["plans"]} and plans["best"] == result["plans"]["best"]["plan"]
+    figures = json.loads((folder / "tuning.json").read_text())
+    assert figures["plans"] == result["plans"] and figures["yardstick"]["nfe_eq"] == 20
+    pyrdiff.load(folder)(1, plan="best")
+
+
+@pytest.mark.parametrize(
+    ("model", "count", "minutes", "named"),
+    [
+        ("pyramid", 31, 1, "held_out: got 31 images; expected 32 or more"),
+        ("passes", 32, 1, "--tune: .*passes' is a ParallelTrajectoryPipeline; expected a PyramidalPipeline"),
+        ("noto-emoji", 32, 1, "--tune: 'noto-emoji' is no folder"),
+        ("pyramid", 32, 0, "--tune=0.0: expected minutes, above 0"),
+    ],
+)
+def test_what_cannot_be_tuned(run, tmp_path, model, count, minutes, named):
+    write(tmp_path / "real", count, 24)
+    _, _, error, code = run(model, "--reference", tmp_path / "real", "--tune", minutes)
+    assert code == 2 and re.search(named, error)

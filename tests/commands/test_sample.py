@@ -111,6 +111,12 @@ def test_flags_reach_the_call(run, tmp_path, models, flags, arguments):
     assert np.abs(read(tmp_path, 0) - sampled(models["pyramid"], 0, **arguments)).max() <= 1
 
 
+def test_the_plan_that_fits_a_budget(run, tmp_path, models):
+    code, printed, complaint = run(tmp_path, "--num_images", 1, "--plan", "auto", "--budget_ms", 1e6)
+    assert code == 0 and "plan short:" in printed, complaint
+    assert np.abs(read(tmp_path, 0) - sampled(models["pyramid"], 0, plan="short")).max() <= 1
+
+
 def test_skip_existing(run, tmp_path, monkeypatch):
     flags = ["--num_images", 4, "--batch_size", 3, *FEW]
     run(tmp_path, *flags)
@@ -141,6 +147,9 @@ def test_skip_existing(run, tmp_path, monkeypatch):
     ([*FEW, "--arguments", '{"refine_steps": 2}'], "expected other arguments than ['refine_steps'], which"),
     (["--arguments", '{"generator": 2}'], "expected other arguments than ['generator'], which"),
     (["--plan", "long"], "plan='long': expected one of ['short']"),
+    (["--plan", "auto"], "--budget_ms=None: expected a time with --plan auto"),
+    (["--plan", "short", "--budget_ms", 9], "--budget_ms=9.0: expected a time with --plan auto"),
+    (["--plan", "auto", "--budget_ms", "1e-6"], "budget_ms=1e-06: expected at least"),
     (["--refine_steps", 2, 2], "refine_steps=[2, 2]"),
     (["--resolutions", 8, "4x"], "--resolutions=('8', '4x'): expected sizes"),
     (["--resolutions", 8, 4], "resolutions=[(8, 8), (4, 4)]"),

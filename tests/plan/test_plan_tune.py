@@ -10,7 +10,7 @@ from oracles import GaussianNoisePredictor, natural_spectrum, radius, spectrum_o
 
 from pyrdiff import PyramidalPipeline
 from pyrdiff.metrics.features import ImageFeatures
-from pyrdiff.plan.tune import SDE, Judged, _Judge, candidates, choose_three, tune
+from pyrdiff.plan.tune import SDE, Judged, _Judge, auto_plan, candidates, choose_three, tune
 
 POWER, SIDE = 0.002, 16
 ROUGH, FINE = (
@@ -127,6 +127,31 @@ def test_plans_go_into_the_folder_with_their_figures(search, tmp_path):
     assert figures["held_out"] == 256 and figures["kind"] == "pyrdiff tuning"
     with pytest.raises(ValueError, match="folder=.*nothing"):
         tuned.save(tmp_path / "nothing")
+
+
+def test_auto_takes_what_cannot_be_told_from_the_best_within_the_budget(pipeline, tmp_path):
+    plans = {name: {"num_inference_steps": count, "refine_steps": 2} for name, count in (("fast", 4), ("best", 40))}
+    pipeline.register_to_config(plans=plans)
+    assert auto_plan(pipeline, 1e6, 2, tmp_path) == "best", "without figures, the longest"
+
+    def figures(best: float, fast: tuple[float, float], fast_plan=plans["fast"]) -> None:
+        rows = {
+            "best": {"plan": plans["best"], "distance": best, "interval": [best - 1, best + 1]},
+            "fast": {"plan": fast_plan, "distance": sum(fast) / 2, "interval": fast},
+        }
+        (tmp_path / "tuning.json").write_text(json.dumps({"plans": rows}))
+
+    figures(best=2, fast=(1.5, 4))
+    assert auto_plan(pipeline, 1e6, 2, tmp_path) == "fast"
+    figures(best=2, fast=(3, 4))
+    assert auto_plan(pipeline, 1e6, 2, tmp_path) == "best"
+    figures(best=2, fast=(1.5, 4), fast_plan={})
+    assert auto_plan(pipeline, 1e6, 2, tmp_path) == "best", "the figures of another plan of that name do not count"
+    with pytest.raises(ValueError, match="budget_ms=1e-06: expected at least"):
+        auto_plan(pipeline, 1e-6, 2, tmp_path)
+    (tmp_path / "tuning.json").write_text("[]")
+    with pytest.raises(ValueError, match="tuning.json is not of a search"):
+        auto_plan(pipeline, 1e6, 2, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from pyrdiff.cli import expect, parse
 from pyrdiff.commands.evaluate import check_resolution
 from pyrdiff.commands.sample import write_json
+from pyrdiff.commands.tuning import tune_saved
 from pyrdiff.machine import device_name, in_turn, open_device, versions
 
 if TYPE_CHECKING:
@@ -71,6 +72,9 @@ class BenchSettings:
     """Image k has the seed SEED + k, in all arms."""
     device: str | None = None
     """By default the GPU if there is one."""
+    tune: float | None = None
+    """Instead of a bench: search for so many minutes for the model's own plans, by the distance from the reference, and
+    write them into its folder."""
 
     def __post_init__(self):
         for name, least in (("num_images", LEAST), ("batch_size", 1), ("runs", 1)):
@@ -80,10 +84,13 @@ class BenchSettings:
         expect(self, "resamples", self.resamples == 0 or self.resamples >= 2, "0, or 2 or more")
         writable = not Path(self.output).is_dir() and not any(folder.is_file() for folder in Path(self.output).parents)
         expect(self, "output", writable, "a file to write")
+        expect(self, "tune", self.tune is None or self.tune > 0, "minutes, above 0")
 
 
 def main(args: list[str]) -> dict:
     options = parse(BenchSettings, __doc__, args, prog="pyrdiff bench")
+    if options.tune is not None:
+        return tune_saved(options)
     import torch
 
     from pyrdiff.hub import card

@@ -47,7 +47,9 @@ class SampleSettings:
     seed: int = 0
     """Of the first image; the next one has the next number."""
     plan: str | None = None
-    """A plan that the model carries, such as fast, instead of the next flags."""
+    """A plan that the model carries, such as fast, instead of the next flags; auto is the best within --budget_ms."""
+    budget_ms: float | None = None
+    """Milliseconds an image may take, for --plan auto."""
     num_inference_steps: int | None = None
     """Network calls, of a pyramidal model at the lowest level."""
     refine_steps: tuple[int, ...] | None = None
@@ -70,6 +72,8 @@ class SampleSettings:
     def __post_init__(self):
         for name in ("num_images", "batch_size"):
             expect(self, name, getattr(self, name) >= 1, "1 or more")
+        given = self.budget_ms is not None and self.budget_ms > 0
+        expect(self, "budget_ms", given if self.plan == "auto" else self.budget_ms is None, "a time with --plan auto")
         expect(self, "grid", self.grid is None or not Path(self.grid).is_dir(), "a file to write")
         expect(self, "seed", 0 <= self.seed <= 2**63 - self.num_images, "0 or more, below 2**63 for the last image")
         call_arguments(self)
@@ -159,6 +163,18 @@ def load(settings: SampleSettings, arguments: dict) -> "DiffusionPipeline":
     return pipeline.to(device)
 
 
+def find_plan(pipeline: "DiffusionPipeline", settings: SampleSettings) -> str:
+    """The plan that `--plan auto` stands for. Raises ValueError for a model without plans, or if none fits."""
+    from pyrdiff.plan import auto_plan
+
+    plans = getattr(pipeline.config, "plans", None)
+    if not plans or not hasattr(pipeline, "plan"):
+        raise ValueError(f"--plan: auto with a {type(pipeline).__name__} that carries no plans; expected one that does")
+    name = auto_plan(pipeline, settings.budget_ms, settings.batch_size, settings.model)
+    print(f"plan {name}: {plans[name]}", flush=True)
+    return name
+
+
 def print_plan(pipeline: "DiffusionPipeline", arguments: dict) -> None:
     """What an image will cost, if the pipeline can say. Raises ValueError for arguments that it refuses."""
     if hasattr(pipeline, "plan"):
@@ -201,6 +217,8 @@ def main(args: list[str]) -> dict:
     pipeline = load(settings, arguments) if seeds else None
     if pipeline:
         print(f"{len(seeds)} images with {type(pipeline).__name__} on {pipeline.device}, {settings.dtype}", flush=True)
+        if settings.plan == "auto":
+            arguments["plan"] = find_plan(pipeline, settings)
         print_plan(pipeline, arguments)
     folder.mkdir(parents=True, exist_ok=True)
 

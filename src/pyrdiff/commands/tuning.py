@@ -1,14 +1,18 @@
 """`pyrdiff bench --tune`: a search for a model's own plans, which go into its folder."""
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pyrdiff.commands.sample import open_device
+from pyrdiff.commands.sample import write_json
+from pyrdiff.machine import open_device
+
+if TYPE_CHECKING:
+    from pyrdiff.commands.bench import BenchSettings
 
 
-def tune_saved(options) -> dict:
+def tune_saved(options: "BenchSettings") -> dict:
     """
     Searches for the plans of a saved pipeline and writes them into its folder.
 
@@ -22,13 +26,15 @@ def tune_saved(options) -> dict:
 
     import pyrdiff
     from pyrdiff import metrics
-    from pyrdiff.data import ImageLevels, open_source, replacing
+    from pyrdiff.data import ImageLevels, open_source
     from pyrdiff.pipelines import PyramidalPipeline
     from pyrdiff.plan import tune
 
     folder = Path(options.model)
     if not (folder / "model_index.json").is_file():
-        raise ValueError(f"--tune: {options.model!r} is no folder of a saved pipeline, into which plans could be written")
+        raise ValueError(
+            f"--tune: {options.model!r} is no folder of a saved pipeline, into which plans could be written"
+        )
     device = open_device(options.device)
     pipeline = pyrdiff.load(folder).to(device)
     if not isinstance(pipeline, PyramidalPipeline):
@@ -50,8 +56,7 @@ def tune_saved(options) -> dict:
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     found.save(folder)
-    result = json.loads(json.dumps(asdict(found), allow_nan=False))
-    with replacing(options.output) as beside:
-        beside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    result = asdict(found)
+    write_json(result, Path(options.output))
     print(found)
     return result

@@ -2,13 +2,14 @@
 
 from .clipping import CLIP, clipping
 from .cost import StepCosts, bench_plans, choose, measure_costs
-from .tune import Judged, Tuning, candidates, tune
+from .tune import Judged, Tuning, auto_plan, candidates, tune
 
 __all__ = [
     "CLIP",
     "Judged",
     "StepCosts",
     "Tuning",
+    "auto_plan",
     "bench_plans",
     "candidates",
     "choose",

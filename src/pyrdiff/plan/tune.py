@@ -12,6 +12,8 @@ import torch
 from pyrdiff.data import replacing
 from pyrdiff.metrics import bootstrap_interval
 from pyrdiff.metrics.distribution import KernelReference
+from pyrdiff.plan.clipping import CLIP
+from pyrdiff.plan.cost import choose, measure_costs
 
 from .clipping import CLIP
 
@@ -30,7 +32,9 @@ STRONGEST = 0.35  # of the noise process: no refined level starts from more
 CALLS = ((2, 2), (3, 2), (3, 3), (4, 2), (4, 3), (4, 4), (5, 4), (5, 5), (8, 5), (8, 8))  # middle levels, top
 GROUPS = 4  # of candidates of about one cost; the best of each reach the last round
 ROUNDS = ((0.3, 0.5), (0.3, 0.5))  # share of the time, and of the candidates that go on; the last round takes the rest
+FIGURES = "tuning.json"  # of a search, in a model's folder
 LEAST = 32  # samples a round, and images held out
+MOST = 4096  # samples a round: more would tell no more plans apart
 
 
 @dataclass(frozen=True)
@@ -92,7 +96,7 @@ class Tuning:
             raise ValueError(f"folder={str(folder)!r}: expected a saved pipeline ({error})") from error
         index["plans"] = {**(index.get("plans") or {}), **{name: found.plan for name, found in self.plans.items()}}
         for place, values in (
-            (path.with_name("tuning.json"), {"kind": "pyrdiff tuning", **asdict(self)}),
+            (path.with_name(FIGURES), {"kind": "pyrdiff tuning", **asdict(self)}),
             (path, index),
         ):
             with replacing(place) as beside:
@@ -218,6 +222,36 @@ def choose_three(finalists: list[Judged], yardstick: Judged | None) -> dict[str,
     return {name: min(group, key=lambda found: found.nfe_eq) for name, group in named.items() if group}
 
 
+def auto_plan(pipeline, budget_ms: float, batch_size: int = 1, folder: str | Path | None = None) -> str:
+    """
+    The name of the pipeline's plan that fits a time an image: for `pipeline(plan=auto_plan(pipeline, 200))`.
+
+    With the figures of a search it is the cheapest that cannot be told from the best in the budget, else the longest.
+    The pipeline's steps are timed for it, once at every level.
+
+    Args:
+        pipeline: On its device.
+        budget_ms: Milliseconds an image may take.
+        batch_size: Images sampled together.
+        folder: Where the pipeline was loaded from, with the tuning.json of `Tuning.save` in it, if there was a search.
+
+    Raises:
+        ValueError: if no plan fits, naming the time of the quickest; for a file that is not of a search.
+    """
+    quality, intervals = None, None
+    path = None if folder is None else Path(folder) / FIGURES
+    if path is not None and path.is_file():
+        try:
+            figures = json.loads(path.read_text(encoding="utf-8"))["plans"]
+            own = {name: row for name, row in figures.items() if pipeline.config.plans.get(name) == row["plan"]}
+            quality = {name: row["distance"] for name, row in own.items()} or None
+            intervals = {name: tuple(row["interval"]) for name, row in own.items()}
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"folder={str(folder)!r}: {FIGURES} is not of a search for plans ({error})") from error
+    costs = measure_costs(pipeline, batch_size, dict(pipeline.config.plans or {}))
+    return choose(pipeline, costs, budget_ms=budget_ms, quality=quality, intervals=intervals)
+
+
 class _Judge:
     """Distances of plans' samples from the images held out."""
 
@@ -279,4 +313,4 @@ def _groups(ordered: list[int]) -> list[list[int]]:
 
 def _affordable(seconds: float, each: float, batch_size: int) -> int:
     """Samples in whole batches that a time is enough for, `each` seconds a sample of all plans."""
-    return int(max(0.0, seconds) / each) // batch_size * batch_size
+    return min(MOST, int(max(0.0, seconds) / each) // batch_size * batch_size)
