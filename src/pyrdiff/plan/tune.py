@@ -15,7 +15,6 @@ from pyrdiff.metrics.distribution import KernelReference
 from pyrdiff.plan.clipping import CLIP
 from pyrdiff.plan.cost import choose, measure_costs
 
-
 SDE = ["DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", **CLIP}]
 ODE = ["DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", **CLIP}]
 # Times of a refined level by number of calls, as shares of the noise that it may start from.
