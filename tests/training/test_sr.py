@@ -296,12 +296,18 @@ RUNS = {
     "default": {},
     "sr3": dict(low_res_injection="none", attention="16x16", beta_schedule="linear", prediction_target="image"),
     "learned range": dict(variance_type="learned_range"),
-    "shared noise, l1": dict(shared_noise=True, loss_type="l1", low_res_injection="large_kernel"),
-    "fusion, v": dict(input_fusion="attention", prediction_type="v_prediction", attention="16x16"),
-    "factors, realistic": dict(scale_factor=[2, 4], degradation="realistic"),
-    "gray": dict(image_channels=1, low_res_injection="bicubic", prediction_type="sample"),
-    "patches": dict(resolution=["8x16"], patch_size=12, random_flip=True, low_res_injection="direct", scale_factor=[2]),
-}
+    "shared noise, l1, factors, realistic": dict(
+        shared_noise=True, loss_type="l1", low_res_injection="large_kernel", scale_factor=[2, 4],
+        degradation="realistic",
+    ),
+    "fusion, v, bicubic": dict(
+        input_fusion="attention", prediction_type="v_prediction", attention="16x16", low_res_injection="bicubic"
+    ),
+    "gray patches": dict(
+        image_channels=1, prediction_type="sample", resolution=["8x16"], patch_size=12, random_flip=True,
+        low_res_injection="direct", scale_factor=[2],
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -3,6 +3,7 @@
 import ast
 import builtins
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from pyrdiff.parts.sources import RELATIVE_IMPORT, STANDS_ALONE, Source, SourceFile
@@ -80,9 +81,15 @@ def join(source: Source) -> str:
         ValueError: with file and line, if a module imports one of them in another form than
             `from module import name, ...` at the top level, or if a name would have two meanings in the file.
     """
-    own_packages = {source.module.split(".")[0], "pyrdiff"}
-    read = {name: Module(name, file, own_packages) for name, file in source.files.items()}
-    modules = _in_order_of_need(source.module, read)
+    return _joined(source.module, tuple(source.files.items()))
+
+
+@cache
+def _joined(name: str, files: tuple[tuple[str, SourceFile], ...]) -> str:
+    """The text of `join`; kept, since a training or a test saves the same classes again and again."""
+    own_packages = {name.split(".")[0], "pyrdiff"}
+    read = {module: Module(module, file, own_packages) for module, file in files}
+    modules = _in_order_of_need(name, read)
     _check_names(modules)
     main = modules[-1]
     head = f"{LICENCE}\n{STANDS_ALONE}\n"

@@ -147,15 +147,9 @@ class ScaleAutoencoder(KeepsSource, Presets, ModelMixin, ConfigMixin):
     presets = PRESETS
     CHOICES = {"output": ("structure", "scale"), "prior": ("gmm", "normal")}
     WHOLE = (
-        "image_channels",
-        "layers_per_block",
-        "bottleneck_channels",
-        "latent_dim",
-        "patch_size",
-        "norm_num_groups",
-        "time_embedding_dim",
-        "num_train_timesteps",
-    )
+        "image_channels", "layers_per_block", "bottleneck_channels", "latent_dim", "patch_size", "norm_num_groups",
+        "time_embedding_dim", "num_train_timesteps",
+    )  # fmt: skip
 
     @register_to_config
     def __init__(

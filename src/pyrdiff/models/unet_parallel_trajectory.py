@@ -217,13 +217,9 @@ class ParallelTrajectoryUNet2DModel(KeepsSource, Presets, ModelMixin, ConfigMixi
     RETIRED = ("rank",)  # of a head that version 0.1.0 had
     CHOICES = {"head": ("tied", "literal"), "target": ("clean", "noise")}
     WHOLE = (
-        "image_channels",
-        "layers_per_block",
-        "patch_size",
-        "norm_num_groups",
-        "time_embedding_dim",
+        "image_channels", "layers_per_block", "patch_size", "norm_num_groups", "time_embedding_dim",
         "num_train_timesteps",
-    )
+    )  # fmt: skip
 
     @register_to_config
     def __init__(
