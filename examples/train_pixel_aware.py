@@ -4,8 +4,8 @@ Train a model that generates in one network call (pixel-aware diffusion) on a fo
     accelerate launch examples/train_pixel_aware.py --train_data_dir my_images --resolution 64 --minutes 60
 
 An autoencoder of structures is trained first and its prior fitted, then the network; the same command run again resumes
-where it was. Every part is in its own room: the flags, networks, noise process and losses in
-`pyrdiff/methods/pixel_aware.py`, the loop in `pyrdiff/training/loop.py`.
+where it was. The loss is in `pyrdiff/methods/pixel_aware.py`, with the autoencoder's and the flags in files beside
+it, the loop in `pyrdiff/training/loop.py`.
 """
 
 from pyrdiff.cli import parse, run

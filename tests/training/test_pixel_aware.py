@@ -21,8 +21,9 @@ from torch.distributions import Normal, kl_divergence
 import pyrdiff
 from pyrdiff.cli import parse
 from pyrdiff.data import ImageLevels
-from pyrdiff.methods import pixel_aware
-from pyrdiff.methods.pixel_aware import AUTOENCODER, METHOD, PixelAwareSettings
+from pyrdiff.methods import pixel_aware, pixel_aware_autoencoder
+from pyrdiff.methods.pixel_aware import METHOD, PixelAwareSettings
+from pyrdiff.methods.pixel_aware_autoencoder import AUTOENCODER
 from pyrdiff.plugins import methods
 from pyrdiff.training.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
 from pyrdiff.training.loop import train
@@ -62,7 +63,7 @@ def clean_of(images: torch.Tensor) -> torch.Tensor:
 def few_steps_are_enough():
     """After 6 steps the means of a latent differ less than those of a trained autoencoder."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pixel_aware, "ACTIVE", 1e-4)
+        patch.setattr(pixel_aware_autoencoder, "ACTIVE", 1e-4)
         yield
 
 
@@ -374,7 +375,7 @@ class AutoencoderLoss:
         scheduler, batch = pixel_aware.build_process(self.settings), SimpleNamespace(images=self.images)
         network = self if wrap is None else wrap(self)
         draws = Draws(3, device=CPU)
-        self.value = pixel_aware.autoencoder_loss(network, scheduler, self.settings, batch, draws).item()
+        self.value = pixel_aware_autoencoder.autoencoder_loss(network, scheduler, self.settings, batch, draws).item()
 
     def __call__(self, noisy, timesteps, posterior_noise):
         self.noisy, self.timesteps, self.posterior_noise = noisy, timesteps, posterior_noise
@@ -392,7 +393,7 @@ def test_the_autoencoder_is_trained_by_the_bound_on_clean_and_noisy_images(toy_x
     case = AutoencoderLoss(toy_x(recon_std=recon_std))
     assert case.value == pytest.approx(case.by_hand(case.clean), rel=1e-5)
     first = case.timesteps == 0
-    assert first.double().mean().item() == pytest.approx(1 - pixel_aware.NOISY, abs=0.05)
+    assert first.double().mean().item() == pytest.approx(1 - pixel_aware_autoencoder.NOISY, abs=0.05)
     torch.testing.assert_close(case.noisy[first], case.clean[first], rtol=0, atol=1e-6)
     assert sorted(set(case.timesteps.tolist())) == list(range(21))
     exponent = 20 * (case.clean.double() + 0.1) * (column(case.timesteps) / 20) ** 3
@@ -452,7 +453,7 @@ def test_processes_have_the_parts_of_one_loss(toy_x, changes):
     torch.manual_seed(0)
     network, given = pixel_aware.build_unet(settings, 1).eval(), None
     if settings.use_structure:
-        given = pixel_aware.build_autoencoder(settings, 1).eval()
+        given = pixel_aware_autoencoder.build_autoencoder(settings, 1).eval()
     scheduler = pixel_aware.build_process(settings)
     parts, whole = parts_of(pixel_aware.loss, images, network, scheduler, settings, given=given)
     assert sum(parts) / 2 == pytest.approx(whole, rel=1e-5) and parts[0] != parts[1]
@@ -462,8 +463,11 @@ def test_processes_have_the_parts_of_one_loss(toy_x, changes):
 def test_processes_have_the_parts_of_one_loss_of_the_autoencoder(toy_x, changes):
     settings, images = settings_of(toy_x(**changes)), to_range(photos(8))
     torch.manual_seed(0)
-    network, scheduler = pixel_aware.build_autoencoder(settings, 1).eval(), pixel_aware.build_process(settings)
-    parts, whole = parts_of(pixel_aware.autoencoder_loss, images, network, scheduler, settings)
+    network, scheduler = (
+        pixel_aware_autoencoder.build_autoencoder(settings, 1).eval(),
+        pixel_aware.build_process(settings),
+    )
+    parts, whole = parts_of(pixel_aware_autoencoder.autoencoder_loss, images, network, scheduler, settings)
     assert sum(parts) / 2 == pytest.approx(whole, rel=1e-5) and parts[0] != parts[1]
 
 
@@ -473,7 +477,7 @@ def test_processes_have_the_parts_of_one_loss_of_the_autoencoder(toy_x, changes)
 def test_the_residual_is_that_of_the_structures(toy_x):
     settings = settings_of(toy_x(seed=9))
     torch.manual_seed(0)
-    given = pixel_aware.build_autoencoder(settings, 1).eval()
+    given = pixel_aware_autoencoder.build_autoencoder(settings, 1).eval()
     clean = clean_of(to_range(photos(24)))
     with torch.no_grad():
         mean, log_variance = given.encode(clean)
@@ -512,12 +516,12 @@ def test_settings_of_the_process_arrive(toy_x):
 @pytest.fixture
 def trained_autoencoder(toy_x, monkeypatch):
     """trained_autoencoder(**changes): settings, and an autoencoder whose means hardly differ in dimension 1."""
-    monkeypatch.setattr(pixel_aware, "ACTIVE", 0.05)
+    monkeypatch.setattr(pixel_aware_autoencoder, "ACTIVE", 0.05)
 
     def build(**changes):
         settings = settings_of(toy_x(**changes))
         torch.manual_seed(0)
-        network = pixel_aware.build_autoencoder(settings, 1).eval()
+        network = pixel_aware_autoencoder.build_autoencoder(settings, 1).eval()
         with torch.no_grad():
             network.to_moments.weight[:4] *= 30
             network.to_moments.weight[1] /= 60
@@ -532,7 +536,7 @@ def test_the_prior_is_fitted_to_draws_of_the_posterior_on_the_latents_in_use(tra
         mean, log_variance = network.encode(clean_of(to_range(photos(24))))
         codes = mean + (log_variance / 2).exp() * torch.randn(24, 4, generator=torch.Generator().manual_seed(8))
     assert mean[:, [0, 2, 3]].var(0).min() > 0.1 and 1e-6 < mean[:, 1].var() < 0.01
-    pixel_aware.fit_prior(settings, network, levels_of(photos(24)))
+    pixel_aware_autoencoder.fit_prior(settings, network, levels_of(photos(24)))
     assert network.prior_active.tolist() == [0, 2, 3] and network.prior_weights.tolist() == [1]
     codes = codes[:, [0, 2, 3]].double()
     torch.testing.assert_close(network.prior_means[0].double(), codes.mean(0), rtol=1e-4, atol=1e-5)
@@ -550,7 +554,7 @@ def test_as_many_gaussians_as_the_images_can_tell_the_same_for_a_seed(trained_au
     images, priors = levels_of(photos(200)), []
     for seed in (5, 5, 6):
         settings, network = trained_autoencoder(**changes, seed=seed)
-        pixel_aware.fit_prior(settings, network, images)
+        pixel_aware_autoencoder.fit_prior(settings, network, images)
         priors.append((network.prior_weights, network.prior_means, network.prior_cholesky))
         assert len(network.prior_weights) == components and network.prior_active.tolist() == [0, 2, 3]
     assert all(torch.equal(one, same) for one, same in zip(priors[0], priors[1], strict=True))
@@ -561,7 +565,7 @@ def test_as_many_gaussians_as_the_images_can_tell_the_same_for_a_seed(trained_au
 def test_where_no_prior_is_wanted_none_is_fitted(trained_autoencoder, changes):
     settings, network = trained_autoencoder(**changes)
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    pixel_aware.fit_prior(settings, network, levels_of(photos(24)))
+    pixel_aware_autoencoder.fit_prior(settings, network, levels_of(photos(24)))
     after = network.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(value, after[name]) for name, value in before.items())
     assert network.config.prior == settings.prior and network.config.prior_components is None
@@ -575,7 +579,7 @@ def test_an_autoencoder_that_uses_no_latent_is_refused(trained_autoencoder):
         ValueError,
         match="^recon_std=0.08: .* expected another output_dir with more autoencoder_steps .* prior='normal'",
     ):
-        pixel_aware.fit_prior(settings, network, levels_of(photos(24)))
+        pixel_aware_autoencoder.fit_prior(settings, network, levels_of(photos(24)))
     assert network.config.prior_components is None
 
 
@@ -738,7 +742,7 @@ def with_losses(autoencoder=None, network=None):
 
         return counting if note is not None else loss
 
-    stage = replace(AUTOENCODER, loss=counted(pixel_aware.autoencoder_loss, autoencoder))
+    stage = replace(AUTOENCODER, loss=counted(pixel_aware_autoencoder.autoencoder_loss, autoencoder))
     return replace(
         METHOD,
         loss=counted(pixel_aware.loss, network),

@@ -1,1 +1,1 @@
-"""The methods, one file each: its flags, network, schedule, loss and pipeline."""
+"""The methods: each has its flags, network, schedule, loss and pipeline."""

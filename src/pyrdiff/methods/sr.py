@@ -2,10 +2,21 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import ClassVar, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pyrdiff.plugins import Method
 from pyrdiff.training.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from pyrdiff.data import ImageLevels
+    from pyrdiff.models import ResidualSRUNet2DModel
+    from pyrdiff.pipelines import ResidualSRPipeline
+    from pyrdiff.schedulers import CosineResidualScheduler
+    from pyrdiff.training.loop import DeviceBatch
+    from pyrdiff.training.losses import Draws
 
 # SR3's public code goes linearly from 1e-6 to 1e-2 in 2000 steps; with other numbers of steps, to the same noise.
 LINEAR_BETAS, LINEAR_STEPS = (1e-6, 1e-2), 2000
@@ -87,7 +98,7 @@ class SuperResolutionSettings(TrainingSettings):
         return tuple(min(side, self.patch_size or side) for side in self.sizes[0])
 
 
-def build_model(settings: SuperResolutionSettings, channels: int):
+def build_model(settings: SuperResolutionSettings, channels: int) -> "ResidualSRUNet2DModel":
     from pyrdiff.models import ResidualSRUNet2DModel
 
     overrides = {}
@@ -122,7 +133,7 @@ def _check_channels(channels: tuple[int, ...], preset: dict) -> None:
         raise ValueError(f"block_out_channels={channels}: expected 2 levels or more, all multiples of 32")
 
 
-def build_scheduler(settings: SuperResolutionSettings, images):
+def build_scheduler(settings: SuperResolutionSettings, images: "ImageLevels") -> "CosineResidualScheduler":
     from pyrdiff.schedulers import CosineResidualScheduler
 
     betas = [beta * LINEAR_STEPS / settings.ddpm_num_steps for beta in LINEAR_BETAS]
@@ -141,7 +152,7 @@ def build_scheduler(settings: SuperResolutionSettings, images):
     )
 
 
-def fit_residual_scale(settings: SuperResolutionSettings, images, count: int = 4096) -> float:
+def fit_residual_scale(settings: SuperResolutionSettings, images: "ImageLevels", count: int = 4096) -> float:
     """1 / standard deviation of the residual, from up to `count` images spread over all, to 4 digits."""
     import torch
 
@@ -158,7 +169,7 @@ def fit_residual_scale(settings: SuperResolutionSettings, images, count: int = 4
     return float(f"{CosineResidualScheduler.fit_residual_scale(residuals()):.4g}")
 
 
-def pair(settings: SuperResolutionSettings, high, factor: int, draws):
+def pair(settings: SuperResolutionSettings, high: "torch.Tensor", factor: int, draws: "Draws") -> "torch.Tensor":
     """What the network sees of images [B, C, H, W] in [-1, 1]: they are made smaller by the factor, then enlarged."""
     from pyrdiff.data import degrade
     from pyrdiff.pipelines import ResidualSRPipeline
@@ -166,7 +177,13 @@ def pair(settings: SuperResolutionSettings, high, factor: int, draws):
     return ResidualSRPipeline.upsample(degrade(high, factor, settings.degradation, draws), high.shape[-2:])
 
 
-def loss(network, scheduler, settings: SuperResolutionSettings, batch, draws):
+def loss(
+    network: "torch.nn.Module",
+    scheduler: "CosineResidualScheduler",
+    settings: SuperResolutionSettings,
+    batch: "DeviceBatch",
+    draws: "Draws",
+) -> "torch.Tensor":
     """Eq. 6: the error of the noise at a noise level between two steps; with a learned variance also eq. 8."""
     import torch
     import torch.nn.functional as F
@@ -198,7 +215,12 @@ def loss(network, scheduler, settings: SuperResolutionSettings, batch, draws):
     return simple + settings.vlb_weight * len(scheduler) * bound.mean()
 
 
-def build_pipeline(settings: SuperResolutionSettings, network, scheduler, images):
+def build_pipeline(
+    settings: SuperResolutionSettings,
+    network: "torch.nn.Module",
+    scheduler: "CosineResidualScheduler",
+    images: "ImageLevels",
+) -> "ResidualSRPipeline":
     from pyrdiff.pipelines import ResidualSRPipeline
 
     if settings.save_images_steps:  # so that what is missing for the pictures is found now, not at the first picture
@@ -223,7 +245,9 @@ def plans(settings: SuperResolutionSettings) -> dict[str, dict]:
     return offered
 
 
-def preview(settings: SuperResolutionSettings, pipeline, images, path) -> dict[str, float]:
+def preview(
+    settings: SuperResolutionSettings, pipeline: "ResidualSRPipeline", images: "ImageLevels", path: Path
+) -> dict[str, float]:
     """Rows of inputs, inputs enlarged (bicubic), outputs, originals; how near outputs and bicubic are to originals."""
     import torch
     from PIL import Image
@@ -256,7 +280,9 @@ def preview(settings: SuperResolutionSettings, pipeline, images, path) -> dict[s
     return values
 
 
-def similarity(settings: SuperResolutionSettings, images, originals) -> dict[str, float]:
+def similarity(
+    settings: SuperResolutionSettings, images: "torch.Tensor", originals: "torch.Tensor"
+) -> dict[str, float]:
     """How near images [B, C, H, W] in [0, 1] are to the originals; SSIM where they are as large as its window."""
     from pyrdiff.metrics import lpips, psnr, ssim
 
@@ -272,7 +298,7 @@ def similarity(settings: SuperResolutionSettings, images, originals) -> dict[str
     return values
 
 
-def validation_images(settings: SuperResolutionSettings, images):
+def validation_images(settings: SuperResolutionSettings, images: "ImageLevels") -> "torch.Tensor":
     """`eval_batch_size` images [B, C, H, W] in [-1, 1] at the resolution, of the validation folder if there is one."""
     from pyrdiff.methods.images import as_tensor
 
