@@ -1,9 +1,11 @@
 """What the networks share: presets by name, and the arguments of a parent class."""
 
 import inspect
-from typing import Self
+from typing import TypeVar
 
 from diffusers import UNet2DModel
+
+PresetNetwork = TypeVar("PresetNetwork")
 
 
 class Presets:
@@ -12,7 +14,7 @@ class Presets:
     presets: dict[str, dict] = {}
 
     @classmethod
-    def from_preset(cls, name: str, **overrides) -> Self:
+    def from_preset(cls: type[PresetNetwork], name: str, **overrides) -> PresetNetwork:
         """
         A network by name, with some settings changed, e.g. `from_preset("small", image_channels=1)`.
 

@@ -11,10 +11,13 @@ from diffusers import ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple, TypeVar
 
 
 # pyrdiff.parts.presets: What the networks share: presets by name, and the arguments of a parent class.
+
+PresetNetwork = TypeVar("PresetNetwork")
+
 
 class Presets:
     """Put in front of `ModelMixin`: gives a network `from_preset`. The class sets `presets` to {name: settings}."""
@@ -22,7 +25,7 @@ class Presets:
     presets: dict[str, dict] = {}
 
     @classmethod
-    def from_preset(cls, name: str, **overrides) -> Self:
+    def from_preset(cls: type[PresetNetwork], name: str, **overrides) -> PresetNetwork:
         """
         A network by name, with some settings changed, e.g. `from_preset("small", image_channels=1)`.
 
