@@ -24,7 +24,7 @@ from pyrdiff.methods import sr
 from pyrdiff.methods.sr import METHOD, SuperResolutionSettings
 from pyrdiff.plugins import methods
 from pyrdiff.training.checkpoints import load_checkpoint
-from pyrdiff.training.loop import train
+from pyrdiff.training.loop import prepare, train
 from pyrdiff.training.losses import Draws
 from pyrdiff.training.settings import TrainingStopped
 
@@ -54,9 +54,16 @@ def settings_of(flags: dict) -> SuperResolutionSettings:
     return SuperResolutionSettings(**flags)
 
 
-def train_toy(flags: dict, method=METHOD) -> Path:
+def fit_toy(flags: dict, method=METHOD) -> Path:
+    """Trains, without an export, and returns the run's folder."""
+    prepare(method, settings_of(flags)).fit()
+    return Path(flags["output_dir"])
+
+
+def train_toy(flags: dict) -> Path:
+    """Trains, exports, and returns the run's folder."""
     folder = Path(flags["output_dir"])
-    assert train(method, settings_of(flags)) == folder / "pipeline"
+    assert train(METHOD, settings_of(flags)) == folder / "pipeline"
     return folder
 
 
@@ -382,9 +389,9 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(toy_sr, 
         return sr.loss(*args)
 
     with pytest.raises(TrainingStopped):
-        train_toy(flags, replace(METHOD, loss=loss))
-    resumed = train_toy(flags)
-    whole = trained if variant == "default" else train_toy(toy_sr(**STOPS[variant]))
+        fit_toy(flags, replace(METHOD, loss=loss))
+    resumed = fit_toy(flags)
+    whole = trained if variant == "default" else fit_toy(toy_sr(**STOPS[variant]))
     last = flags["max_train_steps"]
     left, right = tensors_of(resumed, last), tensors_of(whole, last)
     assert left.keys() == right.keys() and len(left) > 100

@@ -48,13 +48,7 @@ def refuse_other_folder(folder: Path, settings: TrainingSettings, within: Iterab
 
 
 class RunFolder:
-    """
-    What a run keeps on disk. One process writes; all of them read.
-
-    Args:
-        path: The folder; made by `open`.
-        settings: Those of the run.
-    """
+    """What a run keeps on disk. One process writes; all of them read."""
 
     def __init__(self, path: Path, settings: TrainingSettings):
         self.path, self.settings = path, settings
@@ -70,11 +64,8 @@ class RunFolder:
         with (self.path / "log.jsonl").open("a", encoding="utf-8") as log:
             log.write(json.dumps(values) + "\n")
 
-    def write_failure(self, report: dict[str, Any]) -> None:
-        text = json.dumps(report, indent=2)
-        self.failure_path(report["step"]).write_text(text + "\n", encoding="utf-8")
-
-    def failure_path(self, step: int) -> Path:
+    def failure(self, step: int) -> Path:
+        """Where it is written down that a step was not finite."""
         return self.path / f"failure-{step}.json"
 
     # Checkpoints.

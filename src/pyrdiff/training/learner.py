@@ -17,13 +17,8 @@ from .settings import TrainingSettings
 
 class Learner:
     """
-    What a step changes: the network's weights, the state of AdamW and the average of the weights.
-
-    Attributes:
-        network: The network itself.
-        model: The network as a loss calls it: compiled and distributed where that is wanted; after `prepare`.
-        optimizer: AdamW as accelerate steps it; after `prepare`.
-        ema: The average of the weights, or None.
+    What a step changes: the weights of `network`, the state of AdamW, and `ema`, the average of the weights, or None.
+    After `prepare`, `model` is the network as a loss calls it (compiled, distributed) and `optimizer` steps AdamW.
     """
 
     def __init__(self, network: torch.nn.Module, settings: TrainingSettings, accelerator: Accelerator):
@@ -104,11 +99,7 @@ class Learner:
         return state
 
     def load(self, saved: Saved) -> None:
-        """Takes over what a checkpoint keeps.
-
-        Raises:
-            ValueError: if it lacks the average.
-        """
+        """Takes over what a checkpoint keeps; raises `ValueError` if it lacks the average."""
         self.network.load_state_dict(saved.tensors["model"])
         self._load_adamw(saved.tensors["optimizer"])
         if self.ema is not None:
@@ -140,6 +131,6 @@ def learning_rate(settings: TrainingSettings, step: int, total_steps: int) -> fl
 
 @lru_cache(maxsize=1)
 def _rate_factor(name: str, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
-    """diffusers' schedule as a function of the step alone; it is made for an optimiser and asks it nothing."""
+    """diffusers' schedule as a function of the step. It is made for an optimiser, whichever it is."""
     spare = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=1.0)
     return get_scheduler(name, spare, num_warmup_steps=warmup_steps, num_training_steps=total_steps).lr_lambdas[0]

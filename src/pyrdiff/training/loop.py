@@ -1,4 +1,4 @@
-"""Training of any method, top to bottom: model, data, scheduler, prepare, loop, save."""
+"""Training of any method, top to bottom: networks, data, the loop, checkpoints, export."""
 
 import copy
 import json
@@ -328,26 +328,27 @@ class Run:
         fp16_skips = self.accelerator.scaler is not None  # a step whose gradient overflows
         if math.isfinite(outcome.loss) and (math.isfinite(outcome.gradient_norm) or fp16_skips):
             return outcome
+        path = self.folder.failure(step.number)
         if self.accelerator.is_main_process:
-            self.folder.write_failure(self._failure(step.step, outcome))
+            path.write_text(json.dumps(self._failure(step, outcome), indent=2) + "\n", encoding="utf-8")
         raise TrainingDiverged(
-            f"loss {outcome.loss}, gradient norm {outcome.gradient_norm} at step {step.step}: stopped; "
-            f"{self.folder.failure_path(step.step)} names the batch, and the last checkpoint is from before. "
-            "A lower learning_rate often helps"
+            f"loss {outcome.loss}, gradient norm {outcome.gradient_norm} at step {step.number}: stopped; {path} names "
+            "the batch, and the last checkpoint is from before. A lower learning_rate often helps"
         )
 
-    def _failure(self, step: int, outcome: Outcome) -> dict[str, Any]:
-        """What was trained on in a step, in all processes: any of them may have met the bad image."""
-        whole, drawn = copy.copy(self.batches), []
+    def _failure(self, step: Launched, outcome: Outcome) -> dict[str, Any]:
+        """What all processes trained on in a step: any of them may have met the bad image."""
+        whole, indices = copy.copy(self.batches), []
         for whole.process_index in range(self.accelerator.num_processes):
-            drawn += [whole.draw(step - 1, micro) for micro in range(self.settings.gradient_accumulation_steps)]
+            for micro in range(self.settings.gradient_accumulation_steps):
+                indices += whole.draw(step.number - 1, micro).indices.tolist()
         return {
-            "step": step,
+            "step": step.number,
             "seed": self.settings.seed,
             "loss": repr(outcome.loss),
             "gradient_norm": repr(outcome.gradient_norm),
-            "resolution": list(self.settings.sizes[drawn[0].level]),
-            "images": [self.images.names[int(index)] for batch in drawn for index in batch.indices],
+            "resolution": list(self.settings.sizes[step.level]),
+            "images": [self.images.names[index] for index in indices],
         }
 
     # What is due after a step.
@@ -416,7 +417,7 @@ class Run:
         Returns:
             The network with its averaged weights, frozen.
         """
-        folder, target = self.folder, self.folder.finished
+        target = self.folder.finished
         if not target.is_dir():
             self.fit()
             self._last_preview()
@@ -424,7 +425,7 @@ class Run:
                 with self.learner.averaged_weights():
                     if self.method.finish is not None:
                         self.method.finish(self.settings, self.learner.network, self.images)
-                    folder.keep_finished(self.learner.network)
+                    self.folder.keep_finished(self.learner.network)
                 reports.closing(self, target)
             self.accelerator.wait_for_everyone()
         network = type(self.learner.network).from_pretrained(target, use_safetensors=True)

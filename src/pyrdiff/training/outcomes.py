@@ -16,17 +16,11 @@ class Outcome(NamedTuple):
 
 class Launched(NamedTuple):
     """
-    A step that a GPU may still be working on.
-
-    Attributes:
-        step: Its number, from 1.
-        level: Its level, 0 the lowest.
-        rate: Its learning rate.
-        values: [3], those of its `Outcome`, on their way to the CPU.
-        arrived: The event of their arrival; None where they are there.
+    A step that a GPU may still be working on: its number, from 1, its level, its learning rate, the values of its
+    `Outcome` on their way to the CPU, and the event of their arrival, which is None where they are there.
     """
 
-    step: int
+    number: int
     level: int
     rate: float
     values: torch.Tensor
@@ -41,17 +35,16 @@ class Launched(NamedTuple):
 
 
 def launched(
-    accelerator: Accelerator, step: int, level: int, rate: float, loss: torch.Tensor, norm: torch.Tensor, stop: int
+    accelerator: Accelerator, number: int, level: int, rate: float, loss: torch.Tensor, norm: torch.Tensor, stop: int
 ) -> Launched:
-    """Gathers the loss, the gradient norm (the same in all) and the reasons to stop, and sends them to the CPU."""
+    """Gathers the loss and the reasons to stop (the gradient norm is the same in all processes) and sends them off."""
     stop = torch.full_like(loss, stop)
     if accelerator.num_processes > 1:
         loss = accelerator.reduce(loss, "mean")
         stop = accelerator.gather(stop[None]).max()
-    values = torch.stack((loss.float(), norm.float(), stop.float()))
-    if not values.is_cuda:
-        return Launched(step, level, rate, values, None)
-    # Copied as soon as the step is done; who reads it waits for this step only, not for what is queued after it.
-    values, arrived = values.to("cpu", non_blocking=True), torch.cuda.Event()
-    arrived.record()
-    return Launched(step, level, rate, values, arrived)
+    values, arrived = torch.stack((loss.float(), norm.float(), stop.float())), None
+    if values.is_cuda:
+        # Copied as soon as the step is done: who reads it waits for this step only, not for what is queued after it.
+        values, arrived = values.to("cpu", non_blocking=True), torch.cuda.Event()
+        arrived.record()
+    return Launched(number, level, rate, values, arrived)

@@ -38,7 +38,7 @@ def opening(run: "Run") -> None:
 def log_step(run: "Run", step: "Launched", loss: float) -> None:
     """A line of log.jsonl, and the tracker's numbers."""
     values = {
-        "step": step.step,
+        "step": step.number,
         "resolution": "{}x{}".format(*run.settings.sizes[step.level]),
         "loss": loss,
         "learning_rate": step.rate,

@@ -27,13 +27,7 @@ class Stopwatch:
 
 
 class Budget:
-    """
-    How much of a run's time is left.
-
-    Args:
-        watch: The time that the run has taken.
-        minutes: The time that it may take; None for no limit.
-    """
+    """How much is left of the `minutes` that a run may take; None for no limit."""
 
     def __init__(self, watch: Stopwatch, minutes: float | None):
         self.watch = watch
