@@ -360,6 +360,32 @@ def test_one_bad_batch_of_an_accumulated_step_is_enough(toy):
     assert list_checkpoints(Path(flags["output_dir"])) == []
 
 
+# Steps that are checked while the next one is running, as on a GPU.
+
+
+def fit_late(flags: dict, method=METHOD) -> Path:
+    run = prepare(method, PyramidalSettings(**flags))
+    run.checks_late = True
+    run.fit()
+    return Path(flags["output_dir"])
+
+
+def test_a_step_that_is_checked_late_stops_the_run_before_it_is_saved(toy):
+    flags = toy(logging_steps=100, checkpointing_steps=100)
+    with pytest.raises(TrainingDiverged, match="at step 8.*failure-8.json"):
+        fit_late(flags, with_loss(lambda call, loss, _: loss * math.nan if call == 7 else None))
+    assert list_checkpoints(Path(flags["output_dir"])) == []
+
+
+def test_a_signal_that_is_read_late_costs_no_bit(toy, straight):
+    flags = toy(logging_steps=100)
+    folder = Path(flags["output_dir"])
+    with pytest.raises(TrainingStopped, match="after step 6"):  # it came in step 5
+        fit_late(flags, with_loss(lambda call, *_: signal.raise_signal(signal.SIGTERM) if call == 4 else None))
+    assert [path.name for path in list_checkpoints(folder)] == ["checkpoint-6"]
+    assert_same_bits(tensors_of(fit_late(flags), 12), tensors_of(straight, 12))
+
+
 # Several processes.
 
 

@@ -204,6 +204,7 @@ class Run:
         self.learner = Learner(network, self.settings, self.accelerator)
         self.budget = Budget(self.watch, self.settings.minutes)
         self.signals = Signals()
+        self.checks_late = self.accelerator.device.type != "cpu"
         self.step, self.total_steps = 0, self.settings.max_train_steps
         self.saved_seconds = 0.0  # the run's time at its last checkpoint
         self.previewed: int | None = None  # the last step with a picture
@@ -236,8 +237,7 @@ class Run:
             TrainingStopped: after a signal, a checkpoint saved.
             TrainingDiverged: when the loss or the gradient is not finite.
         """
-        settings, on_cpu = self.settings, self.accelerator.device.type == "cpu"
-        is_main = self.accelerator.is_main_process
+        settings, is_main = self.settings, self.accelerator.is_main_process
         if is_main:
             self.folder.open()
             reports.opening(self)
@@ -253,7 +253,7 @@ class Run:
 
                 # On a GPU a step is checked while the next one is running: no waiting, one step late. Every process
                 # reads the same numbers at the same place, so all of them stop together.
-                behind = 0 if on_cpu or saving or logging else 1
+                behind = 1 if self.checks_late and not (saving or logging) else 0
                 while len(unread) > (0 if stop else behind):
                     step = unread.pop(0)
                     outcome = self.checked(step)
