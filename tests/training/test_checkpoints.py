@@ -333,6 +333,8 @@ def test_sweep_removes_our_strays_and_nothing_else(tmp_path):
         f".checkpoint-3.writing-{dead.pid}",
         f".checkpoint-2.replaced-{dead.pid}",
         ".checkpoint-0.removing-1" + 40 * "0",
+        f".pipeline.writing-{dead.pid}",
+        f".finished.writing-{dead.pid}",
     ]
     others = [
         f".checkpoint-3.writing-{alive}",
@@ -341,6 +343,7 @@ def test_sweep_removes_our_strays_and_nothing_else(tmp_path):
         ".checkpoint-x.writing-1",
         "checkpoint-3.writing-1",
         ".checkpoint-3.keeping-1",
+        ".settings.writing-1",
     ]
     for name in ours + others:
         (tmp_path / name).mkdir()

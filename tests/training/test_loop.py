@@ -377,6 +377,18 @@ def test_a_step_that_is_checked_late_stops_the_run_before_it_is_saved(toy):
     assert list_checkpoints(Path(flags["output_dir"])) == []
 
 
+def test_the_step_after_a_signal_that_is_read_late_is_checked_before_it_is_saved(toy):
+    def signal_then_nan(call, loss, network):
+        if call == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return loss * math.nan if call == 5 else None
+
+    flags = toy(logging_steps=100)
+    with pytest.raises(TrainingDiverged, match="at step 6"):
+        fit_late(flags, with_loss(signal_then_nan))
+    assert list_checkpoints(Path(flags["output_dir"])) == []
+
+
 def test_a_signal_that_is_read_late_costs_no_bit(toy, straight):
     flags = toy(logging_steps=100)
     folder = Path(flags["output_dir"])

@@ -257,7 +257,7 @@ class Run:
                 while len(unread) > (0 if stop else behind):
                     step = unread.pop(0)
                     outcome = self.checked(step)
-                    stop = stop or outcome.stop
+                    stop = outcome.stop
                 if logging and is_main:
                     reports.log_step(self, step, outcome.loss)
                 if saving or stop:
