@@ -210,14 +210,10 @@ def known(images, options) -> dict:
                 fresh, inaccuracy = arm["fresh"], arm["inaccuracy"]
                 # A: the innovations of the path itself are never taken back; fresh noise comes on top of them.
                 arm["multiple"] = fresh + (source == "of the path" and reading == "A")
-                found, draws = states[time - 1], seeded(options.seed + 1)
-                for step in range(time, 0, -1):
-                    noise = given[step - 1]
-                    if inaccuracy:
-                        noise = noise + inaccuracy * torch.randn(noise.shape, generator=draws, dtype=noise.dtype)
-                    found = process.step_paper(noise, step, found, clean, reading, fresh, draws)
+                draws = seeded(options.seed + 1)
+                reached = walk_back(process, states[time - 1], given[:time], clean, reading, fresh, inaccuracy, draws)
                 expected = arm["multiple"] * variance[time] + inaccuracy**2 * power
-                arm["errors"].append({**raw_and_clipped(found, clean), "expected": expected})
+                arm["errors"].append({**raw_and_clipped(reached, clean), "expected": expected})
         rows += arms
     return {
         "steps": total,
@@ -228,6 +224,16 @@ def known(images, options) -> dict:
         "constant_mse": mean_square(images[: -options.held_images].mean(0, keepdim=True) - clean),
         "rows": rows,
     }
+
+
+def walk_back(process, sample, noises, clean, reading: str, fresh: float, inaccuracy: float, draws):
+    """Algorithm 1 from x_i with its i noises, each with an error of that standard deviation."""
+    for step in range(len(noises), 0, -1):
+        noise = noises[step - 1]
+        if inaccuracy:
+            noise = noise + inaccuracy * torch.randn(noise.shape, generator=draws, dtype=noise.dtype)
+        sample = process.step_paper(noise, step, sample, clean, reading, fresh, draws)
+    return sample
 
 
 def terms(process, rate, step: int) -> tuple:

@@ -89,18 +89,23 @@ def reconstruction(pipelines: dict, images, options) -> dict:
             step = max(1, len(process) // part)
             noisy = noisy_images(process, clean, step, options.seed + 3)
             for row, arguments in zip(rows[-len(arms) :], arms.values(), strict=True):
-                passes = min(arguments.get("num_passes", 1), step)
-                found = clipped = estimated(pipeline, noisy, step, options.batch_size)
-                if arguments:
-                    given = {**arguments, "num_passes": passes, "mode": process.config.mode}
-                    found = clipped = restore(pipeline, noisy, step, options, clip_sample=False, **given)
-                    if passes > 1:  # clipped between the passes, too
-                        clipped = restore(pipeline, noisy, step, options, clip_sample=True, **given)
-                error = {"step": step, "raw": mean_square(found - clean)}
+                raw, clipped = reconstructed(pipeline, noisy, step, arguments, options)
+                error = {"step": step, "raw": mean_square(raw - clean)}
                 row["errors"].append({**error, "clipped": mean_square(clipped.clamp(0, 1) - clean)})
             print(f"{name}, from i = {step}: done", flush=True)
     constant = mean_square(images[: -options.held_images].mean(0, keepdim=True) - clean)
     return {"images": len(clean), "constant_mse": constant, "rows": rows}
+
+
+def reconstructed(pipeline, noisy, step: int, arguments: dict, options) -> tuple[torch.Tensor, torch.Tensor]:
+    """x_0 as it comes, and with each of several passes clipped. Without arguments it is the autoencoder's."""
+    if not arguments:
+        found = estimated(pipeline, noisy, step, options.batch_size)
+        return found, found
+    passes = min(arguments.get("num_passes", 1), step)
+    given = {**arguments, "num_passes": passes, "mode": pipeline.scheduler.config.mode}
+    raw = restore(pipeline, noisy, step, options, clip_sample=False, **given)
+    return raw, raw if passes == 1 else restore(pipeline, noisy, step, options, clip_sample=True, **given)
 
 
 def restore(pipeline, noisy, step: int, options, **arguments):

@@ -225,12 +225,10 @@ def main(args: list[str]) -> dict:
     done, code, began = [], 0, time.perf_counter()
     images = generate(pipeline, seeds, settings.batch_size, arguments) if pipeline else ()
     try:
-        with tqdm(total=len(seeds), unit="image", disable=not seeds) as bar:
-            for seed, image in zip(seeds, images, strict=True):
-                with replacing(paths[seed]) as beside:
-                    image.save(beside, "PNG")
-                done.append(seed)
-                bar.update()
+        for seed, image in tqdm(zip(seeds, images, strict=True), total=len(seeds), unit="image", disable=not seeds):
+            with replacing(paths[seed]) as beside:
+                image.save(beside, "PNG")
+            done.append(seed)
     except KeyboardInterrupt:
         code = 130
     seconds = time.perf_counter() - began

@@ -244,6 +244,25 @@ def process(pipeline: "DiffusionPipeline", work: Work, settings: UpscaleSettings
     return {"status": "done", **sizes, "seconds": seconds, "seed": seed, "consistency": consistency, "notes": notes}
 
 
+def enlarge_all(
+    pipeline: "DiffusionPipeline | None", work: list[Work], output: Path, settings: UpscaleSettings, files: list[dict]
+) -> None:
+    """Enlarges the files and adds to `files` what became of each. Without `--keep_going` it stops at a failure."""
+    for item in work:
+        file = {"input": item.name, "output": item.target.relative_to(output).as_posix()}
+        if settings.skip_existing and item.target.is_file():
+            files.append({**file, "status": "skipped", "reason": "the output exists"})
+            continue
+        try:
+            files.append({**file, **process(pipeline, item, settings)})
+            print(f"{one_line(item.name)}: {files[-1]['seconds']} s", *files[-1]["notes"], sep="; ", flush=True)
+        except (ValueError, RuntimeError, OSError, MemoryError) as error:
+            files.append({**file, "status": "failed", "reason": reason(error)})
+            complain(error, f"{one_line(item.name)}: {reason(error)}")
+            if not settings.keep_going:
+                return
+
+
 def reason(error: Exception) -> str:
     """What went wrong with a file, in one line."""
     text = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -277,28 +296,18 @@ def main(args: list[str]) -> dict:
     pending = [item for item in work if not (settings.skip_existing and item.target.is_file())]
     pipeline = load(settings) if pending else None
 
-    files, code, after_failure = [], 0, 1 if settings.keep_going else 2
+    files: list[dict] = []
+    code, after_failure = 0, 1 if settings.keep_going else 2
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        for item in work:
-            file = {"input": item.name, "output": item.target.relative_to(output).as_posix()}
-            if settings.skip_existing and item.target.is_file():
-                files.append({**file, "status": "skipped", "reason": "the output exists"})
-                continue
-            try:
-                files.append({**file, **process(pipeline, item, settings)})
-                print(f"{one_line(item.name)}: {files[-1]['seconds']} s", *files[-1]["notes"], sep="; ", flush=True)
-            except (ValueError, RuntimeError, OSError, MemoryError) as error:
-                files.append({**file, "status": "failed", "reason": reason(error)})
-                complain(error, f"{one_line(item.name)}: {reason(error)}")
-                code = after_failure
-                if not settings.keep_going:
-                    break
+        enlarge_all(pipeline, work, output, settings, files)
     except (KeyboardInterrupt, SystemExit) as stopped:
         code = getattr(stopped, "code", 130)
     finally:
         signal.signal(signal.SIGTERM, before)
         report = describe(settings, files, len(work))
+        if report["counts"]["failed"]:
+            code = code or after_failure
         if settings.report or os.path.isdir(settings.input):
             try:
                 write_json(report, report_path)

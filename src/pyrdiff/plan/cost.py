@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -220,12 +221,12 @@ def choose(
         costs: From `measure_costs`, for the batch size that is meant.
         plans: {name: plan}; by default the pipeline's own.
         budget_ms: Milliseconds an image may take.
-        quality: {name: distance}, lower is better, as a bench measured it; see `bench_plans`. Without it the plan
-            with the highest cost in the budget is taken for the best.
+        quality: {name: distance}, lower is better, as a bench measured it; see `bench_plans`. Without it the most
+            expensive plan within the budget is taken.
         target: Distance that is good enough; the cheapest such plan is taken.
         intervals: {name: (low, high)} about the distances, of the same bench. Within a budget the cheapest plan is then
-            taken whose interval holds the best plan's distance: as good as can be told. A plan without one is taken at
-            its distance.
+            taken whose interval holds the best plan's distance: no measurement tells it from the best. Plans without
+            an interval are compared by their distance.
 
     Returns:
         The plan's name.
@@ -262,41 +263,67 @@ def choose(
     return min(good, key=each_ms.get)
 
 
-def bench_plans(
-    path: str | os.PathLike,
-) -> tuple[dict[str, dict], dict[str, float], dict[str, tuple[float, float]]]:
+class Benched(NamedTuple):
+    """Plans of a bench by name, the Fréchet distance of each, and its 95 % interval where there is one."""
+
+    plans: dict[str, dict]
+    quality: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+
+
+def bench_plans(path: str | os.PathLike) -> Benched:
     """
-    The plans of a stored bench, a JSON of `pyrdiff bench` or `benchmarks/bench.py`, and the distance that each reached.
+    The plans of a stored bench, and the distance that each reached.
+
+    Args:
+        path: A JSON of `pyrdiff bench` or of `benchmarks/bench.py`.
 
     Returns:
-        ({name: plan}, {name: Frechet distance}, {name: its 95 % interval}) of its pyramids, for `choose`. Of
-        `pyrdiff bench` those are all arms, and a plan may be a name; one without an interval has none.
+        Its pyramids, for `choose`. Of `pyrdiff bench` those are all arms, and a plan may be a name.
 
     Raises:
         ValueError: for another file, or one without scored pyramids.
     """
-    plans, quality, intervals = {}, {}, {}
+    benched = Benched({}, {}, {})
     try:
-        arms = json.loads(Path(path).read_text(encoding="utf-8"))["arms"]
-        for name, arm in arms.items():
-            if "metrics" in arm:  # of `pyrdiff bench`
-                for metric, row in arm["metrics"].items():
-                    if metric.startswith(("FID", "FD-")):
-                        plans[name], quality[name] = arm["arguments"].get("plan", arm["arguments"]), row["value"]
-                        intervals |= {name: tuple(row["interval"])} if row["interval"] else {}
+        for name, arm in json.loads(Path(path).read_text(encoding="utf-8"))["arms"].items():
+            scored = _of_command(arm) if "metrics" in arm else _of_benchmark(arm)
+            if scored is None:
                 continue
-            settings = arm["settings"]
-            if "score" not in arm or settings["loop"] not in ("pyramid", "saved"):
-                continue
-            quality[name] = arm["score"]["frechet"]
-            intervals[name] = tuple(arm["score"]["frechet_interval"])
-            plans[name] = settings["arguments"].get("plan") or _plan_of(settings)
+            benched.plans[name], benched.quality[name] = scored.plan, scored.distance
+            if scored.interval:
+                benched.intervals[name] = tuple(scored.interval)
     except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
-        accepted = "expected a result of benchmarks/bench.py or of `pyrdiff bench`"
-        raise ValueError(f"path={str(path)!r}: {accepted} ({error})") from error
-    if not plans:
+        expected = "expected a result of benchmarks/bench.py or of `pyrdiff bench`"
+        raise ValueError(f"path={str(path)!r}: {expected} ({error})") from error
+    if not benched.plans:
         raise ValueError(f"path={str(path)!r}: expected a result with scored pyramids")
-    return plans, quality, intervals
+    return benched
+
+
+class _Scored(NamedTuple):
+    """An arm of a bench."""
+
+    plan: dict | str
+    distance: float
+    interval: Sequence[float] | None
+
+
+def _of_command(arm: dict) -> _Scored | None:
+    """An arm of `pyrdiff bench`."""
+    for metric, row in arm["metrics"].items():
+        if metric.startswith(("FID", "FD-")):
+            return _Scored(arm["arguments"].get("plan", arm["arguments"]), row["value"], row["interval"])
+    return None
+
+
+def _of_benchmark(arm: dict) -> _Scored | None:
+    """An arm of `benchmarks/bench.py`."""
+    settings = arm["settings"]
+    if "score" not in arm or settings["loop"] not in ("pyramid", "saved"):
+        return None
+    plan = settings["arguments"].get("plan") or _plan_of(settings)
+    return _Scored(plan, arm["score"]["frechet"], arm["score"]["frechet_interval"])
 
 
 def _plan_of(settings: dict) -> dict:

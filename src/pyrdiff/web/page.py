@@ -56,25 +56,27 @@ def build(session: Session) -> gr.Blocks:
     ) as page:
         name, text = html.escape(session.name), html.escape(session.description())
         gr.HTML(f"<div class='intro'><h1>{name}</h1><p>{text}</p></div>")
-        with gr.Tabs():
-            if session.generates:
-                with gr.Tab("Generate"):
-                    _generate(session)
-            if session.enlarger is not None:
-                with gr.Tab("Upscale"):
-                    _upscale(session)
-            if session.has_trajectory:
-                with gr.Tab("Trajectory"):
-                    _trajectory(session)
-            if session.compares:
-                with gr.Tab("Compare plans"):
-                    _compare(session)
+        _tabs(session)
 
         def left(request: gr.Request) -> None:
             session.cancel(request.session_hash)
 
         page.unload(left)
     return page
+
+
+def _tabs(session: Session) -> None:
+    """A tab for each thing that the model can do."""
+    tabs = {
+        "Generate": (session.generates, _generate),
+        "Upscale": (session.enlarger is not None, _upscale),
+        "Trajectory": (session.has_trajectory, _trajectory),
+        "Compare plans": (session.compares, _compare),
+    }
+    with gr.Tabs():
+        for title, draw in ((title, draw) for title, (possible, draw) in tabs.items() if possible):
+            with gr.Tab(title):
+                draw(session)
 
 
 def options() -> dict:

@@ -80,7 +80,7 @@ def _upright(image: Image.Image, exif: bytes, notes: list[str]) -> Image.Image:
 
 
 def _header_size(path: str) -> tuple[int, int]:
-    """(width, height) from the header of an image file, whatever they are; nothing is decoded."""
+    """(width, height) from the header of an image file of any size; nothing is decoded."""
     with _header_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
