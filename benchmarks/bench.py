@@ -21,6 +21,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+import memory
 import report
 import scoring
 from bench_arms import arms, chosen_arms
@@ -212,15 +213,8 @@ class Bench:
         import torch
 
         generator = torch.Generator(self.device).manual_seed(self.options.seed)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            self.run(name, self.options.batch_size, generator)
-            return torch.cuda.max_memory_allocated() - before
-        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten: reading the weights had its own
-        before = _status("VmRSS")
-        self.run(name, self.options.batch_size, generator)
-        return _status("VmHWM") - before
+        work = partial(self.run, name, self.options.batch_size, generator)
+        return memory.of(work, self.device).above
 
     # Quality
 
@@ -276,12 +270,6 @@ def _peak_memory(options, name: str) -> int:
     """In a process of its own, where nothing ran before."""
     options.only, options.skip = [name], None
     return Bench(options).peak_memory(name)
-
-
-def _status(name: str) -> int:
-    """Bytes, of a line of /proc/self/status."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
 
 
 def measure(options) -> dict:

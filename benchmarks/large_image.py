@@ -12,20 +12,25 @@ import statistics
 import time
 from pathlib import Path
 
+import memory
 import report
+import torch
+from diffusers import DiffusionPipeline
 from flags import parser_of
+from pictures import write_rows
+from PIL import Image
+from samplers import SDE, scheduler_like
+
+import pyrdiff
+from pyrdiff.data import image_tensor
+from pyrdiff.machine import in_turn
+from pyrdiff.metrics import psnr
+from pyrdiff.parts.levels import padded_grid
+from pyrdiff.parts.windows import Tiling, WindowedNetwork
 
 
-def resident() -> float:
-    """GiB of memory that the process holds."""
-    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmRSS"].split()[0]) / 2**20
-
-
-def steps(image, places) -> tuple[float, float]:
+def steps(image: torch.Tensor, places: list[int]) -> tuple[float, float]:
     """Mean absolute difference between neighbouring rows and columns of [1, C, H, W]: at the places, and elsewhere."""
-    import torch
-
     at, elsewhere = [], []
     for axis in (-1, -2):
         difference = image.diff(dim=axis).abs().mean(tuple(k for k in range(4) if k != 4 + axis))
@@ -36,117 +41,88 @@ def steps(image, places) -> tuple[float, float]:
     return torch.cat(at).mean().item(), torch.cat(elsewhere).mean().item()
 
 
+def guided_step(pipeline: DiffusionPipeline, turns: int) -> dict[str, float]:
+    """Seconds of a step with guidance: its network call, and call and gradient."""
+    device, multiple = pipeline.unet.device, pipeline._size_multiple
+    network = WindowedNetwork(pipeline._predict, multiple, None)
+    sample = torch.randn(8, pipeline.unet.config.image_channels, 64, 64, device=device)
+    grid, noise_time = padded_grid(64, 64, multiple).to(device), torch.tensor(100, device=device)
+    pipeline.unet.requires_grad_(False)
+
+    def gradient(turn: int) -> None:
+        prediction = network.differentiate(sample, noise_time, grid)
+        prediction.pull(prediction.output)
+
+    works = {"forward": lambda turn: network.predict(sample, noise_time, grid), "gradient": gradient}
+    with torch.no_grad():
+        seconds = in_turn(works, turns, device)
+    return {kind: statistics.median(values) for kind, values in seconds.items()}
+
+
+def seams(windows: list) -> list[int]:
+    """Where windows begin and end, and in the middle of what neighbours share, where they have as much weight each."""
+    edges = sorted({(side.start, side.stop) for window in windows for side in (window.rows, window.columns)})
+    places = {start for start, _ in edges[1:]} | {stop for _, stop in edges[:-1]}
+    places |= {(stop + start) // 2 for (_, stop), (start, _) in zip(edges, edges[1:], strict=False)}
+    return sorted(places)
+
+
 def measure(options) -> dict:
-    import numpy as np
-    import torch
-    from diffusers import DPMSolverMultistepScheduler
-    from PIL import Image
-
-    import pyrdiff
-    from pyrdiff.metrics import psnr
-    from pyrdiff.parts.levels import padded_grid
-    from pyrdiff.parts.windows import Tiling, WindowedNetwork
-
     torch.set_num_threads(options.threads)
-    cuda = torch.cuda.is_available()
-    device = "cuda" if cuda else "cpu"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipeline = pyrdiff.load(options.model, pipeline_class="GuidedSRPipeline").to(device)
-    config = pipeline.scheduler.config
-    process = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "prediction_type")
-    pipeline.register_modules(
-        scheduler=DPMSolverMultistepScheduler(
-            algorithm_type="sde-dpmsolver++", **{key: config[key] for key in process if key in config}
-        )
-    )
-    photo = Image.open(options.image).convert("RGB" if pipeline.unet.config.image_channels == 3 else "L")
+    pipeline.register_modules(scheduler=scheduler_like(pipeline.scheduler, *SDE))
+    channels = pipeline.unet.config.image_channels
+    photo = Image.open(options.image).convert("RGB" if channels == 3 else "L")
     arguments = dict(
         scale_factor=options.factor, refine_steps=options.refine_steps, refine_strength=options.refine_strength,
         guidance=options.guidance,
     )  # fmt: skip
 
-    def middle(side: int):
+    def middle(side: int) -> Image.Image:
         left, top = (photo.width - side) // 2, (photo.height - side) // 2
         return photo.crop((left, top, left + side, top + side))
 
-    def run(image, **more):
+    def run(side: int, **more):
         generator = torch.Generator().manual_seed(options.seed)
-        began = time.perf_counter()
-        output = pipeline(image, generator=generator, output_type="pt", **arguments, **more)
-        return output.images.cpu(), output.consistency.item(), time.perf_counter() - began
+        return pipeline(middle(side), generator=generator, output_type="pt", **arguments, **more)
 
     # First of all, so that no memory is left over from other work.
-    before = torch.cuda.memory_allocated() / 2**30 if cuda else resident()
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-    image, off, seconds = run(middle(options.side), tile=options.tile)
-    if cuda:
-        peak = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-        peak = int(fields["VmHWM"].split()[0]) / 2**20
+    outputs = []
+    began = time.perf_counter()
+    used = memory.of(lambda: outputs.append(run(options.side, tile=options.tile)), device)
+    seconds = time.perf_counter() - began
+    image, off = outputs[0].images.cpu(), outputs[0].consistency.item()
+    step = guided_step(pipeline, options.turns)
+    small, whole = (run(options.small_side, **more).images.cpu() for more in ({"tile": options.tile}, {}))
 
-    # What a step with guidance costs, in network calls of the same size.
     multiple = pipeline._size_multiple
-    network = WindowedNetwork(pipeline._predict, multiple, None)
-    sample = torch.randn(8, pipeline.unet.config.image_channels, 64, 64, device=device)
-    grid = padded_grid(64, 64, multiple).to(device)
-    noise_time, costs = torch.tensor(100, device=device), {"forward": [], "gradient": []}
-    pipeline.unet.requires_grad_(False)
-    for turn in range(options.turns + 1):
-        for kind in costs:
-            began = time.perf_counter()
-            with torch.no_grad():
-                if kind == "forward":
-                    network.predict(sample, noise_time, grid)
-                else:
-                    prediction = network.differentiate(sample, noise_time, grid)
-                    prediction.pull(prediction.output)
-            if cuda:
-                torch.cuda.synchronize()
-            if turn:
-                costs[kind].append(time.perf_counter() - began)
-
-    small, _, _ = run(middle(options.small_side), tile=options.tile)
-    whole, _, _ = run(middle(options.small_side))
-    agreement = psnr(small, whole, data_range=(0, 1)).value
-
     network = WindowedNetwork(pipeline._predict, multiple, Tiling.checked(options.tile, None, multiple))
-    # Where windows begin and end, and in the middle of what neighbours share, where they have as much weight each.
-    sides = [side for window in network.windows(image) for side in (window.rows, window.columns)]
-    edges = sorted({(side.start, side.stop) for side in sides})
-    seams = {start for start, _ in edges[1:]} | {stop for _, stop in edges[:-1]}
-    seams |= {(stop + start) // 2 for (_, stop), (start, _) in zip(edges, edges[1:], strict=False)}
-    ratios = {place: steps(image, [place]) for place in sorted(seams)}
-    border, interior = steps(image, sorted(seams))
+    windows = network.windows(image)
+    places = seams(windows)
+    ratios = [at / elsewhere for at, elsewhere in (steps(image, [place]) for place in places)]
+    border, interior = steps(image, places)
     plain = middle(options.side).resize(image.shape[:-3:-1], Image.Resampling.BICUBIC)
-    plain = (
-        torch.from_numpy(np.array(plain, dtype=np.float32)).reshape(*image.shape[-2:], -1).permute(2, 0, 1)[None] / 255
-    )
-    plain_border, plain_interior = steps(plain, sorted(seams))
+    plain_border, plain_interior = steps(image_tensor([plain], channels), places)
     if options.images:
-        folder = Path(options.images)
-        folder.mkdir(parents=True, exist_ok=True)
         for name, shown in (("large", image), ("windows", small), ("whole", whole)):
-            pixels = (shown[0] * 255).round().byte().permute(1, 2, 0).numpy()
-            Image.fromarray(np.squeeze(pixels)).save(folder / f"{name}.png")
+            write_rows([shown], Path(options.images) / f"{name}.png")
     return {
         "bench": "large_image",
         "sizes": {"input": options.side, "output": image.shape[-1], "fits": whole.shape[-1]},
         "tile": options.tile,
         "arguments": arguments,
         "seed": options.seed,
-        "memory_gib": {"before": before, "peak": peak, "above": peak - before},
+        "memory_gib": {"before": used.before / 2**30, "peak": used.peak / 2**30, "above": used.above / 2**30},
         "seconds": seconds,
         "consistency_255": 255 * off,
         "border_step": border,
         "interior_step": interior,
         "plain_ratio": plain_border / plain_interior,
-        "worst_seam": max(at / elsewhere for at, elsewhere in ratios.values()),
-        "windows": len(network._windows()),
-        "agreement_db": agreement,
-        "guided_step": {kind: statistics.median(values) for kind, values in costs.items()},
+        "worst_seam": max(ratios),
+        "windows": len(windows),
+        "agreement_db": psnr(small, whole, data_range=(0, 1)).value,
+        "guided_step": step,
         **report.surroundings(options.threads),
     }
 

@@ -1,4 +1,4 @@
-"""Training data: reading images, levels of resolution, multi-scale batches, the embedded letters, spectra,
+"""Training data: reading images, levels of resolution, multi-scale batches, the embedded letters,
 low-resolution images made of high-resolution ones. Also image files that are read to be worked on and written back with
 what they carry."""
 
@@ -12,7 +12,6 @@ from .images import BadImageError, decode_image, fit_image, image_tensor, list_i
 from .levels import ImageLevels
 from .seeds import seed_of
 from .sources import ImageSource, open_source, read_image, sizes_of
-from .spectrum import octave_power, radial_covariance
 
 __all__ = [
     "BadImageError",
@@ -28,10 +27,8 @@ __all__ = [
     "fit_image",
     "image_tensor",
     "list_images",
-    "octave_power",
     "open_picture",
     "open_source",
-    "radial_covariance",
     "read_image",
     "replacing",
     "save_picture",

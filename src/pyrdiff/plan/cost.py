@@ -13,21 +13,22 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline
 
 from pyrdiff.data import replacing
 from pyrdiff.machine import device_name, in_turn
 from pyrdiff.parts.plans import NOISE_PROCESS
+from pyrdiff.parts.steps import LevelSteps
 
 from .clipping import clipping
 
 
-class PlannedLevel(Protocol):
-    """What is asked of a level of `pipeline.plan(...)`."""
+class Stage(Protocol):
+    """What is asked of a level that `pipeline.lay_out(plan)` gives."""
 
     size: tuple[int, int]
     network_size: tuple[int, int]
-    timesteps: list[float]
+    steps: LevelSteps
 
 
 class Step(NamedTuple):
@@ -75,12 +76,12 @@ class StepCosts:
             ValueError: for a plan with a scheduler or a size that was not timed.
         """
         total = 0.0
-        for level, scheduler in _levels(pipeline, plan):
-            name, size = _step(pipeline, level, scheduler)
+        for stage in pipeline.lay_out(plan):
+            name, size = _step(stage)
             if size not in self.seconds.get(name, {}):
                 timed = ", ".join(f"{name} at {', '.join(sizes)}" for name, sizes in self.seconds.items())
                 raise ValueError(f"plan has a level of {size} with {name}: expected what was timed: {timed}")
-            total += self.overhead[name][size] + len(level.steps) * self.seconds[name][size]
+            total += self.overhead[name][size] + len(stage.steps) * self.seconds[name][size]
         return total
 
     def check(self, pipeline: DiffusionPipeline, batch_size: int) -> None:
@@ -141,13 +142,13 @@ def measure_costs(
         plans = {"": own, **(pipeline.config.plans or {})}
     if not plans:
         raise ValueError(f"plans={plans}: expected {{name: plan}}")
-    runner, timed, calls = copy.copy(pipeline), {}, {}
-    runner.scheduler, runner.refine_scheduler = copy.deepcopy((pipeline.scheduler, pipeline.refine_scheduler))
-    runner.set_progress_bar_config(disable=True)
+    timed, calls = {}, {}
     for plan in plans.values():
-        for level, scheduler in _levels(runner, plan):
-            timed.setdefault(_step(pipeline, level, scheduler), (scheduler, level.size))
+        for stage in pipeline.lay_out(plan):
+            timed.setdefault(_step(stage), (stage.steps.scheduler, stage.size))
+    runner = copy.copy(pipeline)
     runner.refine_scheduler = None
+    runner.set_progress_bar_config(disable=True)
 
     def run(step: Step, count: int, turn: int) -> None:
         runner.scheduler, size = timed[step]
@@ -168,23 +169,19 @@ def measure_costs(
     return StepCosts(seconds, overhead, **_circumstances(pipeline, batch_size))
 
 
-def _levels(pipeline: DiffusionPipeline, plan: str | dict) -> list[tuple]:
-    """The levels of a plan, each with the scheduler that runs it."""
-    return [(stage, stage.steps.scheduler) for stage in pipeline.lay_out(plan)]
-
-
-def _step(pipeline: DiffusionPipeline, level: PlannedLevel, scheduler: SchedulerMixin) -> Step:
+def _step(stage: Stage) -> Step:
     """
     What is timed. The scheduler's name is its class and the settings that were changed; the noise process is the same
     in all schedulers of a pipeline.
     """
+    scheduler = stage.steps.scheduler
     known = inspect.signature(type(scheduler).__init__).parameters
     changed = [
         f"{name}={value!r}"
         for name, value in sorted(scheduler.config.items())
         if name in known and name not in NOISE_PROCESS and value != known[name].default
     ]
-    return Step(f"{type(scheduler).__name__}({', '.join(changed)})", "{}x{}".format(*level.network_size))
+    return Step(f"{type(scheduler).__name__}({', '.join(changed)})", "{}x{}".format(*stage.network_size))
 
 
 def _circumstances(pipeline: DiffusionPipeline, batch_size: int) -> dict:
