@@ -17,6 +17,8 @@ from pyrdiff.parts.settings import check_choices, check_positive, check_whole, i
 from pyrdiff.parts.sources import KeepsSource
 from pyrdiff.parts.timesteps import chosen_timesteps
 
+Timestep = int | float | torch.Tensor  # a number, or one for each image, [B]
+
 pixel_aware_logger = logging.get_logger(__name__)
 
 
@@ -172,11 +174,11 @@ class PixelAwareScheduler(KeepsSource, Algorithm1, SchedulerMixin, ConfigMixin):
         """x_delta of an image (eq. 7), of the same shape: exp(-r), the signal's power that is left at i = T."""
         return (-self.rate(original)).exp()
 
-    def log_alpha_bar(self, rate: torch.Tensor, timestep: int | float | torch.Tensor) -> torch.Tensor:
+    def log_alpha_bar(self, rate: torch.Tensor, timestep: Timestep) -> torch.Tensor:
         """log(alpha_bar_i), eq. 9, of a rate [B, ...] at a timestep in [0, T], a number or [B]."""
         return -rate * self._ramp(timestep, rate)
 
-    def _ramp(self, timestep: int | float | torch.Tensor, like: torch.Tensor) -> torch.Tensor | float:
+    def _ramp(self, timestep: Timestep, like: torch.Tensor) -> torch.Tensor | float:
         """(i / T) ** ramp_power, shaped to be multiplied with `like` [B, ...]."""
         if isinstance(timestep, torch.Tensor):
             if timestep.device.type == "cpu":  # checking elsewhere would wait for a GPU
@@ -193,9 +195,7 @@ class PixelAwareScheduler(KeepsSource, Algorithm1, SchedulerMixin, ConfigMixin):
             value = lowest if lowest == highest else f"{lowest}..{highest}"
             raise ValueError(f"timestep={value}: expected numbers from 0 to {len(self)}")
 
-    def _signal_and_noise(
-        self, rate: torch.Tensor, timestep: int | float | torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _signal_and_noise(self, rate: torch.Tensor, timestep: Timestep) -> tuple[torch.Tensor, torch.Tensor]:
         """sqrt(alpha_bar_i) and sqrt(1 - alpha_bar_i), the factors of eq. 3, each shaped as the rate."""
         log = self.log_alpha_bar(rate, timestep)
         return (log / 2).exp(), (-torch.expm1(log)).sqrt()
@@ -206,14 +206,12 @@ class PixelAwareScheduler(KeepsSource, Algorithm1, SchedulerMixin, ConfigMixin):
             raise ValueError(f"structure has shape {tuple(structure.shape)}: expected {tuple(original.shape)}")
         return self.rate(original if structure is None else structure)
 
-    def snr(
-        self, original: torch.Tensor, timestep: int | float | torch.Tensor, structure: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def snr(self, original: torch.Tensor, timestep: Timestep, structure: torch.Tensor | None = None) -> torch.Tensor:
         """x_0 ** 2 * alpha_bar / (1 - alpha_bar) (eq. 11) of images [B, ...]; infinite at timestep 0."""
         log = self.log_alpha_bar(self._rate_of(structure, original), timestep)
         return original**2 / torch.expm1(-log)
 
-    def rho(self, rate: torch.Tensor, timestep, earlier_timestep) -> torch.Tensor:
+    def rho(self, rate: torch.Tensor, timestep: Timestep, earlier_timestep: Timestep) -> torch.Tensor:
         """
         Correlation of the noises at two timesteps i >= j of one chain, shaped as the rate [B, ...]: sqrt(S_j / S_i)
         with S = 1 / alpha_bar - 1. E[noise_j | x_i, x_0] is rho times the noise at i.
@@ -226,7 +224,7 @@ class PixelAwareScheduler(KeepsSource, Algorithm1, SchedulerMixin, ConfigMixin):
         self,
         original_samples: torch.Tensor,
         noise: torch.Tensor,
-        timesteps: int | float | torch.Tensor,
+        timesteps: Timestep,
         structure: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """
@@ -245,7 +243,7 @@ class PixelAwareScheduler(KeepsSource, Algorithm1, SchedulerMixin, ConfigMixin):
         self,
         sample: torch.Tensor,
         noise: torch.Tensor,
-        timesteps: int | float | torch.Tensor,
+        timesteps: Timestep,
         structure: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """sqrt(alpha_bar) * noise - sqrt(1 - alpha_bar) * sample. Arguments as of `add_noise`."""
@@ -292,7 +290,7 @@ class PixelAwareScheduler(KeepsSource, Algorithm1, SchedulerMixin, ConfigMixin):
     # What a network predicts, and what follows from its prediction in closed form.
 
     def precondition(
-        self, sample: torch.Tensor, timestep: int | float | torch.Tensor, structure: torch.Tensor
+        self, sample: torch.Tensor, timestep: Timestep, structure: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """
         EDM's preconditioning pixel by pixel, for images of spread `residual_std` about their structure.
@@ -311,7 +309,7 @@ class PixelAwareScheduler(KeepsSource, Algorithm1, SchedulerMixin, ConfigMixin):
         self,
         sample: torch.Tensor,
         clean: torch.Tensor,
-        timestep: int | float | torch.Tensor,
+        timestep: Timestep,
         structure: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The noise of eq. 3 in a sample [B, C, H, W], if `clean` is its image."""
@@ -322,7 +320,7 @@ class PixelAwareScheduler(KeepsSource, Algorithm1, SchedulerMixin, ConfigMixin):
         self,
         sample: torch.Tensor,
         clean: torch.Tensor,
-        timestep: int | float | torch.Tensor,
+        timestep: Timestep,
         steps: Sequence[int],
         structure: torch.Tensor | None = None,
     ) -> torch.Tensor:

@@ -7,14 +7,16 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from pyrdiff.data import ImageLevels
+
 
 def as_tensor(pixels: np.ndarray) -> torch.Tensor:
     """Images [B, H, W, C] in 0 to 255 as a tensor [B, C, H, W] in [-1, 1]."""
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def spread_over(images, count: int, batch_size: int) -> Iterator[torch.Tensor]:
-    """Batches [B, C, H, W] in [-1, 1] of up to `count` of the `ImageLevels` at their top size, spread over all."""
+def spread_over(images: ImageLevels, count: int, batch_size: int) -> Iterator[torch.Tensor]:
+    """Batches [B, C, H, W] in [-1, 1] of up to `count` of the images at their top size, spread over all."""
     chosen = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).astype(int))
     for start in range(0, len(chosen), batch_size):
         yield as_tensor(images.arrays[-1][chosen[start : start + batch_size]])

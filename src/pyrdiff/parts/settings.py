@@ -11,7 +11,7 @@ def check_choices(settings: Mapping, choices: Mapping[str, Sequence]) -> None:
             raise ValueError(f"{name}={settings[name]!r}: expected one of {tuple(accepted)}")
 
 
-def is_whole(value) -> bool:
+def is_whole(value: object) -> bool:
     """True for a whole number; a bool is none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
