@@ -104,9 +104,13 @@ HERE = """
 import pyrdiff
 from pyrdiff import hub
 from pyrdiff.hub import checking, publishing
-# The load elsewhere takes seconds; where it is not what is tested, it is taken to be as the load here.
-load_elsewhere = checking._load_elsewhere
-checking._load_elsewhere = lambda folder, packages: (checking._digest(pyrdiff.load(folder)), "")
+# The load elsewhere takes seconds; where it is not what is tested, this process loads the folder as diffusers does.
+load_elsewhere = checking.load_elsewhere
+def load_here(folder):
+    from diffusers import DiffusionPipeline
+    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    return checking.Elsewhere(checking.digest(pipeline))
+checking.load_elsewhere = load_here
 """
 ELSEWHERE = """
 from diffusers import DiffusionPipeline

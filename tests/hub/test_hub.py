@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,8 +78,9 @@ def test_no_code_runs_where_pyrdiff_is_installed(pipeline, tmp_path):
 def test_an_export_is_safetensors_config_code_and_card(pipeline, tmp_path):
     folder = hub.export(pipeline, tmp_path / "model", max_shard_size="10KB")
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    assert {path.suffix for path in folder.rglob("*") if path.is_file()} == {".json", ".safetensors", ".py", ".md"}
+    assert {Path(name).suffix or name for name in names} == {".json", ".safetensors", ".py", ".md", "LICENSE"}
     assert {"pipeline_pyramidal.py", "unet/unet_coordinate.py", "README.md", "model_index.json"} <= set(names)
+    assert "Apache License" in (folder / "LICENSE").read_text()
     assert len([name for name in names if name.endswith(".safetensors")]) > 1
     index = json.loads((folder / "model_index.json").read_text())
     assert index["_class_name"] == ["pipeline_pyramidal", "PyramidalPipeline"]

@@ -1,5 +1,6 @@
 """Model cards: what is known when a model is exported, and what is filled in when it is measured and published."""
 
+import inspect
 import json
 import math
 import os
@@ -47,6 +48,12 @@ Images: {data}
 """
 
 
+def needs_image(pipeline_class: type) -> bool:
+    """True if a call cannot do without an image: such a pipeline enlarges or restores, others generate."""
+    image = inspect.signature(pipeline_class.__call__).parameters.get("image")
+    return image is not None and image.default is inspect.Parameter.empty
+
+
 def write(
     pipeline: DiffusionPipeline,
     title: str,
@@ -57,8 +64,6 @@ def write(
     limits: str,
 ) -> str:
     """The card of a model that was just exported."""
-    from .folders import needs_image
-
     enlarges = needs_image(type(pipeline))
     values = ModelCardData(
         library_name="diffusers",

@@ -5,36 +5,25 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import snapshot_download
 
 from pyrdiff import plugins
-from pyrdiff.parts.sources import source_of, standalone_text
+from pyrdiff.parts.files import replacing
+from pyrdiff.parts.sources import auto_map, source_of, standalone_text
 
-from .folders import BUNDLED, bundled
-from .loading import (
-    INDEX,
-    LARGEST_CONFIG,
-    WEIGHTS,
-    build,
-    check_weights,
-    configs,
-    hub_errors,
-    list_files,
-    read_index,
-    read_parts,
-    weight_files,
-    weights,
-    within,
-)
+from .folders import LICENCE, write_licence
+from .loading import INDEX, WEIGHTS, SavedPipeline, build, read_config, read_folder, weight_files, within
+from .repository import LARGEST_CONFIG, Repository, local_folder
 
 BESIDE = re.compile(r"README\.md|LICENSE(\.txt|\.md)?|NOTICE|\.gitattributes|[\w.-]+\.(png|jpg|jpeg|webp)|bench\.json")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".npy", ".npz", ".joblib")
@@ -63,8 +52,8 @@ class Check:
         files: {path: bytes} of everything in the folder.
         problems: What is not sound, in a sentence each.
         notes: What is sound and worth knowing.
-        loads: Whether it loads with pyrdiff.
-        loads_elsewhere: Whether it loads without; None if that was not tried.
+        loads: True if it loads with pyrdiff.
+        loads_elsewhere: True if it loads without; None if that was not tried.
         pipeline: The pipeline's class.
         commit: Of a repository.
     """
@@ -82,6 +71,13 @@ class Check:
         return not self.problems
 
 
+class Code(NamedTuple):
+    """The code that belongs into a folder: {path: text}, and the entries of the index that name it."""
+
+    texts: dict[str, str]
+    entries: dict[str, list[str]]
+
+
 def check(
     path_or_repo: str | os.PathLike,
     *,
@@ -94,9 +90,10 @@ def check(
     Says whether an exported folder or repository is sound.
 
     It is, if it holds one pipeline of an installed method and nothing else than its configs, safetensors, card and
-    pictures; if its code is, byte for byte, that of the installed classes; if it loads by `pyrdiff.load`; and if it
-    loads to the same weights in a process where neither pyrdiff nor the method's package can be imported. That process
-    runs the folder's code, so it is started only if the code is the installed one, or with `trust_remote_code`.
+    pictures; if its code is, byte for byte, what an export of the installed classes has; if it loads by `pyrdiff.load`;
+    and if it loads to the same weights in a process where neither pyrdiff nor the method's package can be imported.
+    That process gets a copy of the files that belong to the model, with the code of the installed classes. It is
+    started only if the folder's code is the same, or with `trust_remote_code`.
 
     Args:
         path_or_repo: A local folder, a repository on the Hub, or a model that comes with pyrdiff.
@@ -105,156 +102,216 @@ def check(
         update_code: First put the code of the installed classes into a local folder that loads, such as one that an
             earlier version exported.
 
+    Returns:
+        What was found; `sound` says it in a word.
+
     Raises:
         ValueError: if there is no such folder or repository.
     """
-    found = Check()
-    folder, listed = Path(path_or_repo), None
-    if not folder.is_dir() and str(path_or_repo) in bundled():
-        folder = BUNDLED / str(path_or_repo)
-    if update_code and not folder.is_dir():
-        raise ValueError(f"update_code: {str(path_or_repo)!r} is no local folder")
-    if not folder.is_dir():
-        if folder.exists() or str(path_or_repo).count("/") != 1:
-            raise ValueError(f"path_or_repo={str(path_or_repo)!r}: expected a folder or a repository as 'user/name'")
-        folder, listed = _fetch(str(path_or_repo), revision, token)
+    folder, repository, found = local_folder(path_or_repo), None, Check()
+    if folder is None:
+        if update_code:
+            raise ValueError(f"update_code=True: {str(path_or_repo)!r} is no local folder; expected one")
+        repository = Repository.open(str(path_or_repo), revision, token)
+        folder = _fetch(repository)
         found.commit = folder.name
-    _list(folder, found, listed)
+    listed = {} if repository is None else {name: size or 0 for name, size in (repository.sizes or {}).items()}
     try:
-        pipeline_class, index = read_index(folder)
-        parts = read_parts(folder, pipeline_class, index)
-        if listed is not None:
-            weights(listed, parts)
-        files = {name: weight_files(part) for name, part in parts.items() if part and part.shapes is not None}
-        for part in parts.values():
-            if part is not None and part.shapes is not None:
-                check_weights(part)
-        pipeline = build(pipeline_class, parts, index)
+        saved = read_folder(folder)
+        if repository is not None:
+            repository.weights(saved.parameters())  # refuses those that are too large
+        pipeline = build(saved)
+        code = code_of(saved)
+        if update_code:
+            _write_code(saved, code)
+            saved = read_folder(folder)
     except ValueError as error:
-        found.problems.append(f"does not load: {error}")
+        found.files = listed | _files(folder)
+        found.problems = [*_misplaced(folder, found.files), f"does not load: {error}"]
         return found
-    found.loads, found.pipeline, digest = True, pipeline_class.__name__, _digest(pipeline)
-
-    # What belongs to it; anything else does not.
-    own = {"": pipeline_class} | {name: part.cls for name, part in parts.items() if part is not None}
-    own = {name: each for name, each in own.items() if each.__module__.split(".")[0] != "diffusers"}
-    code = {(Path(name) / f"{source_of(each).stem}.py").as_posix(): each for name, each in own.items()}
-    if update_code:
-        _write_code(folder, code, index)
-        _list(folder, found)
-    expected = {INDEX, *code}
-    for name, part in parts.items():
-        if part is not None:
-            expected.add(f"{name}/{part.cls.config_name}")
-            expected |= {f"{name}/{path.name}" for path in files.get(name, [])}
-            expected |= {f"{name}/{path.name}" for path in (folder / name).glob(f"{WEIGHTS}*.index*.json")}
-    for path in found.files:
-        if path not in expected and not BESIDE.fullmatch(path) and not path.endswith(PICKLES):
-            found.problems.append(f"{path}: is no part of the model")
-    for name, part in pipeline.components.items():
-        bad = [key for key, value in getattr(part, "state_dict", dict)().items() if not value.isfinite().all()]
-        if bad:
-            found.problems.append(f"{name}: {min(bad)} has values that are not finite")
-    same = True
-    for path, each in code.items():
-        if path not in found.files:
-            same = False
-            found.problems.append(f"{path}: is missing, so that diffusers alone cannot load the folder")
-        elif (folder / path).read_bytes() != standalone_text(each).encode():
-            same = False
-            found.problems.append(f"{path}: is not the code of the installed {each.__name__} (update_code mends that)")
-    for name, wanted in _index_of(code).items():
-        if index.get(name) != wanted:
-            same = False
-            found.problems.append(f"{INDEX}: {name} is {index.get(name)!r}; diffusers alone needs {wanted}")
+    found.files = listed | _files(folder)
+    found.loads, found.pipeline = True, saved.pipeline_class.__name__
+    wrong_code = list(_wrong_code(saved, code, found.files))
+    found.problems += _misplaced(folder, found.files)
+    found.problems += _foreign(found.files, {*code.texts, *_data_files(saved)})
+    found.problems += _not_finite(pipeline)
+    found.problems += wrong_code
     if "README.md" not in found.files:
         found.notes.append("has no card (README.md)")
-
-    # Without pyrdiff.
-    if same or trust_remote_code:
-        packages = {"pyrdiff", *(each.__module__.split(".")[0] for each in plugins.classes().values())}
-        elsewhere, why = _load_elsewhere(folder, packages)
-        found.loads_elsewhere = elsewhere == digest
-        if elsewhere is None:
-            found.problems.append(f"does not load without pyrdiff: {why}")
-        elif elsewhere != digest:
-            found.problems.append("loads without pyrdiff, but to other weights")
-    else:
+    if wrong_code and not trust_remote_code:
         found.notes.append("the load without pyrdiff was not tried, since it would run code that is not the installed")
+        return found
+    with tempfile.TemporaryDirectory() as place:
+        copy = folder if wrong_code else _clean_copy(saved, code, Path(place))
+        loaded = load_elsewhere(copy)
+    found.loads_elsewhere = loaded.digest == digest(pipeline)
+    if loaded.digest is None:
+        found.problems.append(f"does not load without pyrdiff: {loaded.why}")
+    elif not found.loads_elsewhere:
+        found.problems.append("loads without pyrdiff, but to other weights")
     return found
 
 
-def _index_of(code: dict[str, type]) -> dict[str, list[str]]:
-    """What the index says of classes whose code, {path: class}, is in the folder."""
-    entries = {path.rpartition("/")[0] or "_class_name": each for path, each in code.items()}
-    return {name: [source_of(each).stem, each.__name__] for name, each in entries.items()}
+# What belongs to a model.
 
 
-def _write_code(folder: Path, code: dict[str, type], index: dict) -> None:
-    """Puts the source files of classes, {path: class}, into a folder, and into its index."""
-    for path, each in code.items():
-        for old in (folder / path).parent.glob("*.py"):
-            old.unlink()
-        (folder / path).write_text(standalone_text(each), encoding="utf-8", newline="\n")
-    index.update(_index_of(code))
-    beside = folder / f".{INDEX}.{os.getpid()}"
-    beside.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    beside.replace(folder / INDEX)
+def code_of(saved: SavedPipeline) -> Code:
+    """The code that an export of the installed classes has."""
+    classes = {"": saved.pipeline_class}
+    classes |= {name: part.cls for name, part in saved.components.items() if part is not None}
+    classes = {name: cls for name, cls in classes.items() if cls.__module__.split(".")[0] != "diffusers"}
+    texts = {
+        (Path(name) / f"{source_of(cls).stem}.py").as_posix(): standalone_text(cls) for name, cls in classes.items()
+    }
+    entries = {name or "_class_name": [source_of(cls).stem, cls.__name__] for name, cls in classes.items()}
+    return Code(texts, entries)
 
 
-def _fetch(repo_id: str, revision: str | None, token: str | bool | None) -> tuple[Path, dict[str, int | None]]:
-    """The files of a repository that may be part of a model or beside it, and {path: bytes} of all of them."""
-    with hub_errors(f"path_or_repo={repo_id!r}"):
-        commit, listed = list_files(repo_id, revision, token)
-        fetch = partial(snapshot_download, repo_id, revision=commit, token=token)
-        wanted = configs(repo_id, listed)
-        folder = Path(fetch(allow_patterns=wanted))
-        try:
-            wanted += weights(listed, read_parts(folder, *read_index(folder)))
-        except ValueError:
-            pass  # `check` comes to it
-        for file, size in listed.items():
-            if (size or 0) <= LARGEST_CONFIG and not file.endswith((*PICKLES, ".json", ".safetensors")):
-                wanted.append(glob.escape(file))
-        return Path(fetch(allow_patterns=wanted)), listed
+def _data_files(saved: SavedPipeline) -> set[str]:
+    """Paths of the index, of the configs and of the weights."""
+    paths = {saved.folder / INDEX} | {part.config_file for part in saved.components.values() if part is not None}
+    for network in saved.networks().values():
+        paths |= {*weight_files(network), *network.folder.glob(f"{WEIGHTS}*.index*.json")}
+    return {path.relative_to(saved.folder).as_posix() for path in paths}
 
 
-def _list(folder: Path, found: Check, listed: dict[str, int | None] | None = None) -> None:
-    """Files of the folder, or `listed`; links that lead out of it, and pickles, are problems."""
-    found.problems.clear()
-    found.files = {name: size or 0 for name, size in (listed or {}).items()}
+def _files(folder: Path) -> dict[str, int]:
+    """{path: bytes} of the files of a folder."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*"))}
+    return {name: path.stat().st_size for name, path in files.items() if within(path, folder) and path.is_file()}
+
+
+# What is wrong, a sentence each.
+
+
+def _misplaced(folder: Path, files: dict[str, int]) -> Iterator[str]:
+    """Links that lead out of the folder, what is neither file nor folder, and pickles."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if not within(path, folder):
-            found.problems.append(f"{name}: a link that leads out of the folder")
-        elif path.is_file():
-            found.files[name] = path.stat().st_size
-        elif not path.is_dir():
-            found.problems.append(f"{name}: neither a file nor a folder")
-    for name in found.files:
+            yield f"{name}: a link that leads out of the folder"
+        elif not path.is_file() and not path.is_dir():
+            yield f"{name}: neither a file nor a folder"
+    for name in files:
         if name.endswith(PICKLES):
-            found.problems.append(f"{name}: weights and arrays are to be safetensors, which hold no code")
+            yield f"{name}: weights and arrays are to be safetensors, which hold no code"
 
 
-def _digest(pipeline: DiffusionPipeline) -> str:
-    digest = hashlib.sha256()
-    for name, part in sorted(pipeline.components.items()):
-        if isinstance(part, torch.nn.Module):
-            for key, value in sorted(part.state_dict().items()):
-                digest.update(f"{name}.{key}".encode() + value.float().numpy().tobytes())
-    return digest.hexdigest()
+def _foreign(files: dict[str, int], expected: set[str]) -> Iterator[str]:
+    for name in files:
+        if name not in expected and not BESIDE.fullmatch(name) and not name.endswith(PICKLES):
+            yield f"{name}: is no part of the model"
 
 
-def _load_elsewhere(folder: Path, packages: set[str]) -> tuple[str | None, str]:
-    """The digest of the weights that a process without these packages loads; or None and why."""
+def _not_finite(pipeline: DiffusionPipeline) -> Iterator[str]:
+    for name, network in _networks(pipeline):
+        bad = [key for key, value in network.state_dict().items() if not value.isfinite().all()]
+        if bad:
+            yield f"{name}: {min(bad)} has values that are not finite"
+
+
+def _wrong_code(saved: SavedPipeline, code: Code, files: dict[str, int]) -> Iterator[str]:
+    """Differences from the code that an export has, and from the entries that name it."""
+    for path, text in code.texts.items():
+        if path not in files:
+            yield f"{path}: is missing, so that diffusers alone cannot load the folder"
+        elif (saved.folder / path).read_bytes() != text.encode():
+            yield f"{path}: is not the code of the installed classes (update_code mends that)"
+    for name, wanted in code.entries.items():
+        if saved.index.get(name) != wanted:
+            yield f"{INDEX}: {name} is {saved.index.get(name)!r}; diffusers alone needs {wanted}"
+    for name, network in saved.networks().items():
+        if name in code.entries and network.config.get("auto_map") != auto_map(network.cls):
+            yield f"{name}/{network.cls.config_name}: has no auto_map; AutoModel alone needs {auto_map(network.cls)}"
+
+
+# What `check` does.
+
+
+def _write_code(saved: SavedPipeline, code: Code) -> None:
+    """Puts the code into the folder in place of all that is there, and names it in the index and the configs."""
+    for place in (saved.folder, *(part.folder for part in saved.components.values() if part is not None)):
+        for old in place.glob("*.py"):
+            old.unlink()
+    for path, text in code.texts.items():
+        (saved.folder / path).write_text(text, encoding="utf-8", newline="\n")
+    retired = getattr(saved.pipeline_class, "RETIRED", ())
+    index = {name: value for name, value in saved.index.items() if name not in retired}
+    _write_config(saved.folder / INDEX, {**index, **code.entries})
+    for name, network in saved.networks().items():
+        if name in code.entries:
+            config = read_config(network.config_file)
+            _write_config(network.config_file, {**config, "auto_map": auto_map(network.cls)})
+    if not (saved.folder / LICENCE).exists():
+        write_licence(saved.folder)
+
+
+def _write_config(path: Path, config: dict) -> None:
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _fetch(repository: Repository) -> Path:
+    """The local folder of a repository, with the files that may be part of a model or beside it."""
+    wanted = repository.configs()
+    folder = repository.fetch(wanted)
+    try:
+        wanted += repository.weights(read_folder(folder).parameters())
+    except ValueError:
+        pass  # `check` comes to it
+    for path, size in (repository.sizes or {}).items():
+        if (size or 0) <= LARGEST_CONFIG and not path.endswith((*PICKLES, ".json", ".safetensors")):
+            wanted.append(glob.escape(path))
+    return repository.fetch(wanted)
+
+
+def _clean_copy(saved: SavedPipeline, code: Code, folder: Path) -> Path:
+    """
+    A folder with the files of the model and nothing else: diffusers runs whatever has the name of a component's library
+    in the component's folder.
+    """
+    for name in _data_files(saved):
+        (folder / name).parent.mkdir(exist_ok=True)
+        if name.endswith(".json"):
+            shutil.copyfile(saved.folder / name, folder / name)
+        else:
+            (folder / name).symlink_to((saved.folder / name).resolve())
+    for name, text in code.texts.items():
+        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    return folder
+
+
+class Elsewhere(NamedTuple):
+    """The digest of the weights that a process without pyrdiff loaded; or None, and why."""
+
+    digest: str | None
+    why: str = ""
+
+
+def load_elsewhere(folder: Path) -> Elsewhere:
+    """Loads a folder, and runs its code, in a process where pyrdiff and the packages of methods are not installed."""
+    packages = {"pyrdiff", *(cls.__module__.split(".")[0] for cls in plugins.classes().values())}
     with tempfile.TemporaryDirectory() as modules:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": modules}
         command = [sys.executable, "-c", ELSEWHERE, str(folder.resolve()), *sorted(packages)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment, cwd=modules)
         except subprocess.TimeoutExpired:
-            return None, "it took longer than 10 minutes"
+            return Elsewhere(None, "it took longer than 10 minutes")
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        return None, lines[-1] if lines else f"exit code {done.returncode}"
-    return done.stdout.split()[-1], ""
+        return Elsewhere(None, lines[-1] if lines else f"exit code {done.returncode}")
+    return Elsewhere(done.stdout.split()[-1])
+
+
+def digest(pipeline: DiffusionPipeline) -> str:
+    """A hash of all weights, as `ELSEWHERE` computes it."""
+    found = hashlib.sha256()
+    for name, network in _networks(pipeline):
+        for key, value in sorted(network.state_dict().items()):
+            found.update(f"{name}.{key}".encode() + value.float().numpy().tobytes())
+    return found.hexdigest()
+
+
+def _networks(pipeline: DiffusionPipeline) -> list[tuple[str, torch.nn.Module]]:
+    return [(name, part) for name, part in sorted(pipeline.components.items()) if isinstance(part, torch.nn.Module)]

@@ -1,6 +1,5 @@
-"""What a published folder is made of, and how it is written."""
+"""Exports: folders that load with and without pyrdiff."""
 
-import inspect
 import os
 import shutil
 from pathlib import Path
@@ -9,15 +8,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 import pyrdiff
+from pyrdiff.parts.files import replacing_folder
 
 from . import card
 
-BUNDLED = Path(pyrdiff.__file__).parent / "pretrained"  # a folder for each model that comes with the package
-
-
-def bundled() -> list[str]:
-    """Names of the models that come with the package, as `pyrdiff.load` takes them."""
-    return sorted(path.parent.name for path in BUNDLED.glob(f"*/{DiffusionPipeline.config_name}"))
+LICENCE = "LICENSE"
 
 
 def export(
@@ -32,7 +27,7 @@ def export(
     limits: str = "",
 ) -> Path:
     """
-    Writes a pipeline as a self-contained folder: safetensors weights, configs, source files and a model card.
+    Writes a pipeline as a self-contained folder: safetensors weights, configs, code, its licence, and a model card.
 
     It is written beside, loaded once, compared with what was saved, and only then takes the name `folder`, where it
     replaces an earlier export.
@@ -42,7 +37,7 @@ def export(
         folder: Where to. An existing folder must be empty or an earlier export.
         description: One paragraph for the model card.
         max_shard_size: Largest weight file, e.g. "10MB"; by default one file up to diffusers' limit.
-        license: Licence identifier for the model card.
+        license: Licence identifier for the model card. The code has pyrdiff's, Apache-2.0.
         training: What the model card says of the training: {"steps": 20000, "seed": 0, ...}.
         data: For the card: what the images were, and their licence.
         limits: For the card: what the model cannot do.
@@ -57,25 +52,19 @@ def export(
     folder = Path(folder)
     if folder.exists() and not (folder / DiffusionPipeline.config_name).is_file() and any(folder.iterdir()):
         raise ValueError(f"folder={str(folder)!r}: expected a new, an empty or an earlier exported folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-    before = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
-    shutil.rmtree(beside, ignore_errors=True)
-    try:
+    with replacing_folder(folder) as beside:
         pipeline.save_pretrained(beside, safe_serialization=True, max_shard_size=max_shard_size)
+        write_licence(beside)
         title = folder.resolve().parent.name if folder.name == "pipeline" else folder.name  # of a training, its name
         text = card.write(pipeline, title, description, license, training or {}, data, limits)
         (beside / "README.md").write_text(text, encoding="utf-8")
         _verify(pipeline, beside)
-        if folder.exists():
-            folder.rename(before)
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        if before.exists() and not folder.exists():
-            before.rename(folder)
-        shutil.rmtree(before, ignore_errors=True)
     return folder
+
+
+def write_licence(folder: Path) -> None:
+    """Writes the licence of the code beside it."""
+    shutil.copyfile(Path(pyrdiff.__file__).parent / LICENCE, folder / LICENCE)
 
 
 def _verify(pipeline: DiffusionPipeline, folder: Path) -> None:
@@ -87,9 +76,3 @@ def _verify(pipeline: DiffusionPipeline, folder: Path) -> None:
             for key, value in getattr(part, "_orig_mod", part).state_dict().items():
                 if not torch.equal(value.detach().cpu().float(), kept[key].float()):
                     raise RuntimeError(f"{folder}: {name}.{key} was read back different from what was saved")
-
-
-def needs_image(pipeline_class: type) -> bool:
-    """Whether a call cannot do without an image: such a pipeline enlarges or restores, others generate."""
-    image = inspect.signature(pipeline_class.__call__).parameters.get("image")
-    return image is not None and image.default is inspect.Parameter.empty

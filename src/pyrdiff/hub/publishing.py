@@ -13,7 +13,6 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 from . import card
 from .checking import check
-from .folders import needs_image
 from .loading import load
 
 KEPT = (".gitattributes",)  # the Hub's own
@@ -152,7 +151,7 @@ def _with_samples(folder: Path, content: dict) -> tuple[dict, dict]:
     if SAMPLES in content:
         return content, shows
     pipeline = load(folder)
-    if needs_image(type(pipeline)):
+    if card.needs_image(type(pipeline)):
         return content, {}
     from diffusers.utils import make_image_grid
 
