@@ -99,9 +99,36 @@ def test_code_beside_the_right_code_is_not_run_where_pyrdiff_is_not_installed(fo
     assert found.loads_elsewhere and len(found.problems) == 5
 
 
+LIBRARIES = (
+    "unet/diffusers.py",
+    "scheduler/diffusers.py",
+    "scheduler/scheduling_ddpm.py",
+    "refine_scheduler/diffusers.py",
+)
+
+
+def test_code_with_the_name_of_a_components_library_is_not_run(exports, tmp_path, canary):
+    """Diffusers runs <component>/<library>.py of a trusted folder, even if the library is diffusers itself."""
+    for kind in ("stock", "pyramidal"):
+        folder = Path(shutil.copytree(exports[kind], tmp_path / kind))
+        planted = [folder / name for name in LIBRARIES if (folder / name).parent.is_dir()]
+        for path in planted:
+            path.write_text(WRITES.format(str(canary)) + "from diffusers import *\n")
+        found = hub.check(folder)
+        assert found.loads_elsewhere and not canary.exists(), found.problems
+        names = {path.relative_to(folder).as_posix() for path in planted}
+        assert {problem.split(":")[0] for problem in found.problems} == names
+        with pytest.raises(ValueError, match="is not sound"):
+            hub.push(folder, "me/model", dry_run=True)
+    DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    assert canary.exists(), "this is what the check keeps away"
+    canary.unlink()
+    assert hub.check(folder, update_code=True).sound and not [path for path in planted if path.exists()]
+
+
 def test_update_code_takes_hostile_code_out(folder, canary, quick):
     own = (folder / "pipeline_pyramidal.py").read_bytes()
-    for name in ("pipeline_pyramidal.py", "evil.py", "unet/evil.py"):
+    for name in ("pipeline_pyramidal.py", "evil.py", "unet/evil.py", "scheduler/evil.py"):
         (folder / name).write_text(WRITES.format(str(canary)))
     (folder / "evil.sh").write_text(f"touch {canary}")
     change(folder / "model_index.json", _class_name=["evil", "PyramidalPipeline"])

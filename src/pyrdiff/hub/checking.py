@@ -19,6 +19,7 @@ from diffusers import DiffusionPipeline
 
 from pyrdiff import plugins
 from pyrdiff.parts.files import replacing
+from pyrdiff.parts.saving import index_entries
 from pyrdiff.parts.sources import auto_map, source_of, standalone_text
 
 from .folders import LICENCE, write_licence
@@ -75,7 +76,7 @@ class Code(NamedTuple):
     """The code that belongs into a folder: {path: text}, and the entries of the index that name it."""
 
     texts: dict[str, str]
-    entries: dict[str, list[str]]
+    entries: dict[str, object]
 
 
 def check(
@@ -157,14 +158,11 @@ def check(
 
 def code_of(saved: SavedPipeline) -> Code:
     """The code that an export of the installed classes has."""
-    classes = {"": saved.pipeline_class}
-    classes |= {name: part.cls for name, part in saved.components.items() if part is not None}
-    classes = {name: cls for name, cls in classes.items() if cls.__module__.split(".")[0] != "diffusers"}
+    classes = saved.classes_with_code()
     texts = {
         (Path(name) / f"{source_of(cls).stem}.py").as_posix(): standalone_text(cls) for name, cls in classes.items()
     }
-    entries = {name or "_class_name": [source_of(cls).stem, cls.__name__] for name, cls in classes.items()}
-    return Code(texts, entries)
+    return Code(texts, index_entries(saved.pipeline_class, classes))
 
 
 def _data_files(saved: SavedPipeline) -> set[str]:

@@ -18,6 +18,7 @@ from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 
 from pyrdiff import plugins
+from pyrdiff.parts.saving import index_entries
 from pyrdiff.parts.sources import auto_map
 
 from .messages import in_one_line, shown
@@ -65,6 +66,12 @@ class SavedPipeline(NamedTuple):
 
     def networks(self) -> dict[str, Component]:
         return {name: part for name, part in self.components.items() if part is not None and part.shapes is not None}
+
+    def classes_with_code(self) -> dict[str, type]:
+        """The classes whose code the folder carries, by component; "" for the pipeline."""
+        classes = {"": self.pipeline_class}
+        classes |= {name: part.cls for name, part in self.components.items() if part is not None}
+        return {name: cls for name, cls in classes.items() if cls.__module__.split(".")[0] != "diffusers"}
 
     def parameters(self) -> dict[str, int]:
         """{network: how many numbers it has}."""
@@ -145,12 +152,16 @@ def read_folder(folder: Path) -> SavedPipeline:
     name = index.get("_class_name")
     name = name[1] if isinstance(name, list) and len(name) == 2 else name
     pipeline_class = pipeline_named(name, f"{path}: _class_name")
-    check_keys(path, index, pipeline_class)
+    check_keys(path, {key: value for key, value in index.items() if key != "auto_map"}, pipeline_class)
     components = {}
     for name in sorted(set(pipeline_class._get_signature_keys(pipeline_class)[0]) & set(index)):
         entry = index[name]
         components[name] = None if entry is None or entry == [None, None] else _read_component(folder, name, entry)
-    return SavedPipeline(folder, pipeline_class, index, components)
+    saved = SavedPipeline(folder, pipeline_class, index, components)
+    named = index_entries(pipeline_class, saved.classes_with_code()).get("auto_map")
+    if "auto_map" in index and index["auto_map"] != named:
+        raise ValueError(f"{path}: unknown key 'auto_map'; expected it for {named}")
+    return saved
 
 
 def pipeline_named(name: object, where: str) -> type:

@@ -18,7 +18,7 @@ class Module:
     def __init__(self, name: str, file: SourceFile, own_packages: set[str]):
         self.name, self.path, self.own_packages = name, file.path, own_packages
         self.tree = ast.parse(file.text, file.path)
-        self.own_imports: dict[str, list[str]] = {}  # {module: names}
+        self.own_imports: list[ast.ImportFrom] = []
         self.imports: list[ast.Import | ast.ImportFrom] = []
         self.docstring = ast.get_docstring(self.tree, clean=False)
         relative = RELATIVE_IMPORT.search(file.text)
@@ -47,7 +47,7 @@ class Module:
         elif isinstance(node, ast.Import) or any(alias.asname or alias.name == "*" for alias in node.names):
             raise self.error(node, f"expected `from {names[0]} import name, ...`, without `as` and `*`")
         else:
-            self.own_imports.setdefault(node.module, []).extend(alias.name for alias in node.names)
+            self.own_imports.append(node)
 
     def _bound_names(self) -> dict[str, tuple[str, int]]:
         """{name: (what it means, the first line that says so)} of the names of the module itself."""
@@ -107,14 +107,15 @@ def _in_order_of_need(name: str, read: dict[str, Module]) -> list[Module]:
 
     def visit(name: str, above: tuple[str, ...]) -> None:
         module = read[name]
-        for needed, names in module.own_imports.items():
-            if needed in (*above, name):
-                raise ValueError(f"{module.path}: expected no circle of imports: {' -> '.join((*above, name, needed))}")
-            for imported in names:
-                if needed not in read or imported not in read[needed].bound:
-                    raise ValueError(f"{module.path}: {imported} of {needed}: expected a name that it defines")
-            if read[needed] not in ordered:
-                visit(needed, (*above, name))
+        for node in module.own_imports:
+            if node.module in (*above, name):
+                circle = " -> ".join((*above, name, node.module))
+                raise module.error(node, f"expected no circle of imports: {circle}")
+            for alias in node.names:
+                if node.module not in read or alias.name not in read[node.module].bound:
+                    raise module.error(node, f"{alias.name}: expected a name that {node.module} defines")
+            if read[node.module] not in ordered:
+                visit(node.module, (*above, name))
         ordered.append(module)
 
     visit(name, ())
@@ -125,7 +126,7 @@ def _check_names(modules: list[Module]) -> None:
     """Refuses names that would have another meaning in the joined file than in their module."""
     seen: dict[str, tuple[str, Module]] = {}
     for module in modules:
-        shared = {name for names in module.own_imports.values() for name in names}
+        shared = {alias.name for node in module.own_imports for alias in node.names}
         for name, (meaning, line) in module.bound.items():
             if name in shared:
                 continue  # compared where it is defined
