@@ -25,6 +25,7 @@ from pyrdiff import (
     ScaleAutoencoder,
     hub,
 )
+from pyrdiff.hub import checking
 
 BLOCKS = dict(
     block_out_channels=(8, 8),
@@ -148,6 +149,17 @@ def sample() -> Callable[[DiffusionPipeline], torch.Tensor]:
     space = {"CALLS": CALLS}
     exec(SAMPLE, space)
     return space["sample"]
+
+
+@pytest.fixture
+def forked(monkeypatch) -> None:
+    """`hub.check` loads without pyrdiff in a fork, where it would wait for a new interpreter."""
+
+    def load(folder: Path) -> checking.Elsewhere:
+        done = warm.run(checking.ELSEWHERE, folder.resolve(), without=["pyrdiff"], check=True)
+        return checking.Elsewhere(done.stdout.split()[-1])
+
+    monkeypatch.setattr(checking, "load_elsewhere", load)
 
 
 @pytest.fixture(scope="session")

@@ -373,7 +373,7 @@ def test_settings_that_are_gone_are_passed_over(older, pipelines, sample, monkey
         pyrdiff.load(older)
 
 
-def test_update_code_makes_an_older_folder_sound(older, exports):
+def test_update_code_makes_an_older_folder_sound(older, exports, forked):
     found = hub.check(older)
     assert found.loads and found.loads_elsewhere is None and len(found.problems) == 4, found.problems
     found = hub.check(older, update_code=True)
@@ -381,7 +381,7 @@ def test_update_code_makes_an_older_folder_sound(older, exports):
     assert contents(older) == contents(exports["pyramidal"])
 
 
-def test_a_check_changes_nothing(exports, older):
+def test_a_check_changes_nothing(exports, older, forked):
     for folder in (exports["residual"], older):
         before = {path: (path.stat().st_mtime_ns, path.is_file() and path.read_bytes()) for path in folder.rglob("*")}
         hub.check(folder)
