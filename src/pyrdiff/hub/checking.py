@@ -233,18 +233,18 @@ def _write_code(saved: SavedPipeline, code: Code) -> None:
             old.unlink()
     for path, text in code.texts.items():
         (saved.folder / path).write_text(text, encoding="utf-8", newline="\n")
-    retired = getattr(saved.pipeline_class, "RETIRED", ())
-    index = {name: value for name, value in saved.index.items() if name not in retired}
-    _write_config(saved.folder / INDEX, {**index, **code.entries})
+    _write_config(saved.folder / INDEX, saved.pipeline_class, {**saved.index, **code.entries})
     for name, network in saved.networks().items():
         if name in code.entries:
-            config = read_config(network.config_file)
-            _write_config(network.config_file, {**config, "auto_map": auto_map(network.cls)})
+            config = {**read_config(network.config_file), "auto_map": auto_map(network.cls)}
+            _write_config(network.config_file, network.cls, config)
     if not (saved.folder / LICENCE).exists():
         write_licence(saved.folder)
 
 
-def _write_config(path: Path, config: dict) -> None:
+def _write_config(path: Path, owner: type, config: dict) -> None:
+    """Writes a config without the settings that its class no longer takes."""
+    config = {key: value for key, value in config.items() if key not in getattr(owner, "RETIRED", ())}
     with replacing(path) as beside:
         beside.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

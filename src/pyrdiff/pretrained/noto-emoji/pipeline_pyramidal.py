@@ -406,9 +406,8 @@ class StandaloneSaving(KeepsSource):
             config = json.loads(path.read_text(encoding="utf-8"))
             config = {key: value for key, value in config.items() if key not in ("_name_or_path", "_module")}
             if path.name == self.config_name:
-                for name, cls in classes.items():
-                    config[name or "_class_name"] = [source_of(cls).stem, cls.__name__]
-            elif path.parent.name in classes and issubclass(classes[path.parent.name], torch.nn.Module):
+                config |= index_entries(type(self), classes)
+            elif issubclass(classes.get(path.parent.name, object), torch.nn.Module):
                 config["auto_map"] = auto_map(classes[path.parent.name])
             path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -433,6 +432,25 @@ class StandaloneSaving(KeepsSource):
                 if module is not None:
                     index[name] = value[1] if name == "_class_name" else [module, value[1]]
         return config
+
+
+def index_entries(pipeline_class: type, classes: dict[str, type]) -> dict[str, object]:
+    """
+    What the index of a folder says of the code in it.
+
+    Args:
+        pipeline_class: The pipeline's class.
+        classes: The classes that have code in the folder, by component; "" for the pipeline.
+
+    Returns:
+        [file, class] of each, and the `auto_map` of the first network: diffusers' `AutoModel` reads that of the index,
+        whatever subfolder it is asked for. Other networks it loads from their own folder, by the `auto_map` there.
+    """
+    entries = {name or "_class_name": [source_of(cls).stem, cls.__name__] for name, cls in classes.items()}
+    for name in inspect.signature(pipeline_class.__init__).parameters:
+        if issubclass(classes.get(name, object), torch.nn.Module):
+            return {**entries, "auto_map": auto_map(classes[name])}
+    return entries
 
 
 # pyrdiff.parts.steps: The steps of one level: a scheduler, respaced to run only the last part of its noise process.
