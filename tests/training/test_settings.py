@@ -109,6 +109,9 @@ def test_neither_folder_nor_data_set(capsys):
 def test_settings_made_in_python_are_checked_too():
     with pytest.raises(ValueError, match="train_batch_size=0: expected 1 or more"):
         PyramidalSettings(train_data_dir="images", train_batch_size=0)
+    with pytest.raises(ValueError, match="seed=None: expected 0 or more"):
+        PyramidalSettings(train_data_dir="images", seed=None)
+    assert PyramidalSettings(train_data_dir="images", minutes=None, patch_size=None).minutes is None
     with pytest.raises(ValueError, match="expected one of train_data_dir and dataset_name"):
         PyramidalSettings()
 

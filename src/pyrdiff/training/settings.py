@@ -1,5 +1,6 @@
 """The flags that every training script has, named as in diffusers' `train_unconditional.py`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -140,13 +141,17 @@ class TrainingSettings:
             raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")
 
     def _at_least(self, least: int, *names: str) -> None:
-        """Refuses numbers below `least`. A flag that is None was left out."""
+        """Refuses numbers below `least`."""
         for name in names:
-            value = getattr(self, name)
-            self._check(name, value is None or value >= least, f"{least} or more")
+            self._check_number(name, lambda value: value >= least, f"{least} or more")
 
     def _above_zero(self, *names: str) -> None:
-        """Refuses what is not a number above 0. A flag that is None was left out."""
+        """Refuses what is not a number above 0."""
         for name in names:
-            value = getattr(self, name)
-            self._check(name, value is None or 0 < value < float("inf"), "a number above 0")
+            self._check_number(name, lambda value: 0 < value < float("inf"), "a number above 0")
+
+    def _check_number(self, name: str, accepts: Callable[[float], bool], expected: str) -> None:
+        """As `_check`; None is accepted where it is the default."""
+        value = getattr(self, name)
+        may_be_left_out = self.__dataclass_fields__[name].default is None
+        self._check(name, may_be_left_out if value is None else accepts(value), expected)
