@@ -28,6 +28,7 @@ from pyrdiff.parts.checks import (
 from pyrdiff.parts.estimates import CleanEstimate, prediction_type, signal_and_noise, unclipped
 from pyrdiff.parts.images import ImageInput, read_images
 from pyrdiff.parts.levels import nfe_eq, padded_grid, per_level
+from pyrdiff.parts.noise_windows import check_noise
 from pyrdiff.parts.operators import Operator, Sides, build_operator, project_onto
 from pyrdiff.parts.sampling import SamplingPipeline
 from pyrdiff.parts.steps import LevelSteps, check_start_above_zero, lay_out_steps
@@ -355,6 +356,8 @@ class GuidedSRPipeline(SamplingPipeline, DiffusionPipeline):
             levels.append(lay_out_steps(scheduler, count, strength, spacing, "refine_steps"))
             if spacing == "scheduler":
                 check_start_above_zero(levels[-1], "refine_steps", count)
+        starts = [(size, level.times[0]) for size, level in zip(sizes, levels, strict=True)]
+        check_noise(self.unet.config, scheduler.config.num_train_timesteps, starts)
         return levels
 
     @staticmethod

@@ -21,7 +21,9 @@ from pyrdiff.parts.checks import (
     check_scheduler,
     check_strength,
 )
+from pyrdiff.parts.colors import check_colors, draw_colors
 from pyrdiff.parts.levels import check_growing, nfe_eq, per_level, pixel_grid, rounded_up
+from pyrdiff.parts.noise_windows import check_noise
 from pyrdiff.parts.plans import check_not_beside_plan, plan_scheduler, read_plan
 from pyrdiff.parts.sampling import SamplingPipeline
 from pyrdiff.parts.steps import LevelSteps, Spacing, check_start_above_zero, lay_out_steps
@@ -82,15 +84,20 @@ class PyramidalArguments(NamedTuple):
     refine_steps: int | Sequence[int] = 8
     refine_strength: float | Sequence[float] = 0.3
     spacing: str | Sequence[Sequence[int]] = "scheduler"
+    start_strength: float = 1.0
 
 
 @dataclass(frozen=True)
 class PyramidalStage:
-    """One level of a running call: its size, the size that the network runs at, both (height, width), and its steps."""
+    """
+    One level of a running call: its size, the size that the network runs at, both (height, width), its steps, and the
+    share of the noise process that they begin at.
+    """
 
     size: tuple[int, int]
     network_size: tuple[int, int]
     steps: LevelSteps
+    strength: float
 
 
 class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
@@ -105,6 +112,8 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         refine_scheduler (*optional*): Runs the levels above; by default the same one.
         plans (`dict`, *optional*): Named plans for `plan=`: {name: {argument of a call: value}}, and in it, as
             "scheduler" and "refine_scheduler", [class of diffusers, {setting: value}] to run the levels with instead.
+        colors (`dict`, *optional*): {"mean": [C], "covariance": [C, C]} of the mean colours of the training images, in
+            the [-1, 1] range, for `start_strength`.
     """
 
     _optional_components = ["refine_scheduler"]
@@ -117,10 +126,12 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         scheduler: SchedulerMixin,
         refine_scheduler: SchedulerMixin | None = None,
         plans: dict | None = None,
+        colors: dict | None = None,
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, refine_scheduler=refine_scheduler)
-        self.register_to_config(plans=plans)
+        self.register_to_config(plans=plans, colors=colors)
+        check_colors(colors, self._channels)
         check_scheduler("scheduler", scheduler)
         if refine_scheduler is not None:
             check_scheduler("refine_scheduler", refine_scheduler)
@@ -140,10 +151,14 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         refine_strength: float | Sequence[float] = 0.3,
         spacing: Literal["scheduler", "log_snr"] | Sequence[Sequence[int]] = "scheduler",
         plan: str | dict | None = None,
+        start_strength: float = 1.0,
     ) -> PyramidalPlan:
         """The levels, steps and cost of a call with these arguments (see `__call__`), without running the network."""
-        arguments = PyramidalArguments(resolutions, num_inference_steps, refine_steps, refine_strength, spacing)
+        arguments = PyramidalArguments(
+            resolutions, num_inference_steps, refine_steps, refine_strength, spacing, start_strength
+        )
         stages = self.lay_out(plan, arguments)
+        self._check_noise(stages)
         top = stages[-1].network_size
         levels = [
             PyramidalLevel(s.size, s.network_size, s.steps.times, nfe_eq(len(s.steps), s.network_size, top))
@@ -168,6 +183,7 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        start_strength: float = 1.0,
     ) -> PyramidalPipelineOutput | tuple:
         """
         Generates images from coarse to fine (algorithm 1, with the noise term outside the bracket as in eq. 6 and the
@@ -193,13 +209,19 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
             return_dict: Whether to return a `PyramidalPipelineOutput` or a tuple (images, levels).
             callback_on_step_end: Called as f(pipeline, step, timestep, {"latents": ...}) after each step, counted over
                 all levels; may return changed tensors. Setting `pipeline._interrupt = True` ends the run.
+            start_strength: Share in (0, 1] of the noise process that the lowest level starts from: 1 is noise alone
+                (the paper); below, plain images in the colours of the data (`colors`), noised up to there. What little
+                else more noise leaves of an image is hard to learn, and its errors become colour casts.
 
         Raises:
             ValueError: for arguments out of range, before any work.
         """
-        arguments = PyramidalArguments(resolutions, num_inference_steps, refine_steps, refine_strength, spacing)
+        arguments = PyramidalArguments(
+            resolutions, num_inference_steps, refine_steps, refine_strength, spacing, start_strength
+        )
         stages = self.lay_out(plan, arguments)
         self._check_call(batch_size, box, generator, output_type, callback_on_step_end_tensor_inputs)
+        self._check_noise(stages, box)
         calls = sum(len(stage.steps) for stage in stages)
         latents, levels = None, []
         with self._running(calls, callback_on_step_end, callback_on_step_end_tensor_inputs) as run:
@@ -225,11 +247,16 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
     def _begin(
         self, stage: PyramidalStage, latents: torch.Tensor | None, batch_size: int, generator: Generators
     ) -> torch.Tensor:
-        """Noise at the lowest level (line 1); above, what was reached below, enlarged and renoised (eq. 2)."""
+        """
+        Noise at the lowest level (line 1), or plain colours in less of it; above, what was reached below, enlarged and
+        renoised (eq. 2).
+        """
         shape = (batch_size, self._channels, *stage.network_size)
         noise = randn_tensor(shape, generator=generator, device=self._execution_device)
-        if latents is None:
+        if latents is None and stage.strength == 1:
             return noise * stage.steps.scheduler.init_noise_sigma
+        if latents is None:
+            return stage.steps.renoise(draw_colors(self.config.colors, shape, generator, noise.device), noise)
         enlarged = F.interpolate(latents, stage.network_size, mode="bicubic", align_corners=False)
         return stage.steps.renoise(enlarged, noise)
 
@@ -258,14 +285,25 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         strengths = per_level("refine_strength", arguments.refine_strength, len(sizes) - 1)
         for strength in strengths:
             check_strength("refine_strength", strength)
+        self._check_start(arguments.start_strength)
         stages = []
-        for index, (size, strength) in enumerate(zip(sizes, [1.0, *strengths], strict=True)):
+        for index, (size, strength) in enumerate(zip(sizes, [arguments.start_strength, *strengths], strict=True)):
             name = "refine_steps" if index else "num_inference_steps"
             steps = lay_out_steps(schedulers[min(index, 1)], calls[index], strength, spacings[index], name)
-            if index and spacings[index] == "scheduler":
+            if (index or strength < 1) and spacings[index] == "scheduler":
                 check_start_above_zero(steps, name, calls[index])
-            stages.append(PyramidalStage(size, rounded_up(size, self._size_multiple), steps))
+            stages.append(PyramidalStage(size, rounded_up(size, self._size_multiple), steps, strength))
         return stages
+
+    def _check_start(self, strength: float) -> None:
+        check_strength("start_strength", strength)
+        if strength < 1 and self.config.colors is None:
+            raise ValueError(f"start_strength={strength}: expected 1.0, since this pipeline carries no `colors`")
+
+    def _check_noise(self, stages: list[PyramidalStage], box: Sequence[float] = (0.0, 0.0, 1.0, 1.0)) -> None:
+        """Refuses more noise than the network is trained for at a level's size."""
+        starts = [(stage.size, stage.steps.times[0]) for stage in stages]
+        check_noise(self.unet.config, self.scheduler.config.num_train_timesteps, starts, box)
 
     def _choose(
         self, plan: str | dict | None, arguments: PyramidalArguments

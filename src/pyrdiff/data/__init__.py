@@ -5,6 +5,7 @@ what they carry."""
 from pyrdiff.parts.files import replacing
 
 from .batches import Batch, MultiScaleBatches
+from .colors import color_statistics
 from .degradations import degrade, shrink
 from .files import Picture, check_saving, open_picture, save_picture
 from .glyphs import draw_glyphs
@@ -21,6 +22,7 @@ __all__ = [
     "MultiScaleBatches",
     "Picture",
     "check_saving",
+    "color_statistics",
     "decode_image",
     "degrade",
     "draw_glyphs",

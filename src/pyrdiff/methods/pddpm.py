@@ -6,6 +6,8 @@ from typing import Literal
 from pyrdiff.plugins import Method
 from pyrdiff.training.settings import TrainingSettings
 
+WINDOW = 0.35  # of the noise process: what is trained above the lowest resolution
+FAINT = 11.7  # alpha_bar times pixels, at 0.55 of the linear noise process at 16x16
 MARGIN = 0.02  # of the noise process: so far beyond the noise window is trained, too
 
 
@@ -30,7 +32,7 @@ class PyramidalSettings(TrainingSettings):
     prediction_type: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
     snr_gamma: float | None = None
     """Min-SNR weighting with this gamma (5.0 is usual)."""
-    noise_window: float = 0.35
+    noise_window: float = WINDOW
     """Share of the noise process that is trained above the lowest resolution, where sampling starts from an enlarged
     image and needs no more. 1.0 (the paper) trains all of it: such a network also samples at full size alone."""
     level_share: tuple[int, ...] | None = None
@@ -128,25 +130,59 @@ def loss(network, scheduler, settings: PyramidalSettings, batch, draws):
 
 def build_pipeline(settings: PyramidalSettings, network, scheduler, images):
     """Ancestral steps at every level unless a plan says otherwise; the plans are in `plans`."""
+    from pyrdiff.data import color_statistics
     from pyrdiff.pipelines import PyramidalPipeline
 
-    named = plans(settings.ddpm_num_steps, len(settings.sizes))
-    return PyramidalPipeline(network, scheduler, plans=named)
+    start = start_strength(scheduler.alphas_cumprod.tolist(), settings.sizes[0])
+    named = plans(settings.ddpm_num_steps, len(settings.sizes), start, settings.noise_window)
+    return PyramidalPipeline(network, scheduler, plans=named, colors=color_statistics(images.arrays[0]))
 
 
-def plans(train_steps: int = 1000, levels: int = 3) -> dict[str, dict]:
+def start_strength(alphas_cumprod: list[float], size: tuple[int, int]) -> float:
     """
-    What a saved pipeline offers as `plan=`: the shortest that was no worse than 20 steps of DPM-Solver++ at full size,
-    the best, and the paper's, as measured on a trained network (benchmarks/README.md).
+    The share of the noise process from which plain colours are as good a start as the images themselves: there, of an
+    image's details no more is left than at 0.55 of 16x16, which was measured (benchmarks/README.md).
+
+    Args:
+        alphas_cumprod: Of the noise process, [training steps].
+        size: (height, width) of the lowest level.
+    """
+    area = size[0] * size[1]  # the noise in a mean over the image falls as this grows, the image's part of it does not
+    faint = next((time for time, alpha in enumerate(alphas_cumprod) if alpha * area < FAINT), len(alphas_cumprod))
+    return max(0.1, round(faint / len(alphas_cumprod), 2))
+
+
+def plans(train_steps: int = 1000, levels: int = 3, start: float = 1.0, noise_window: float = 1.0) -> dict[str, dict]:
+    """
+    What a saved pipeline offers as `plan=`: a short one and a better one, as measured on a trained network
+    (benchmarks/README.md), and the paper's.
+
+    Args:
+        train_steps: Of the noise process.
+        levels: How many there are.
+        start: Share of the noise process that the lowest level starts from, in the colours of the data.
+        noise_window: Of the network: no level above starts from more noise.
     """
     from pyrdiff.plan import CLIP
 
     stochastic = ["DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", **CLIP}]
-    shorter = [3] * (levels - 2) + [2] * (levels > 1)
+    scale = train_steps * min(1.0, noise_window / WINDOW)
+
+    def placed(low_calls: int, *shares: float) -> dict:
+        low = [round(train_steps * start * (1 - index / low_calls)) for index in range(low_calls)]
+        low = [min(time, train_steps - 1) for time in low]
+        higher = sorted({round(share * scale) for share in shares}, reverse=True)
+        return {"spacing": [low, *[higher] * (levels - 1)], "start_strength": start, "scheduler": stochastic}
+
     return {
-        "fast": {"num_inference_steps": 20, "refine_steps": shorter, "scheduler": stochastic},
-        "balanced": {"num_inference_steps": 30, "refine_steps": 4, "scheduler": stochastic},
-        "paper": {"num_inference_steps": train_steps, "refine_steps": 30, "scheduler": ["DDPMScheduler", {}]},
+        "fast": placed(20, 0.25, 0.12, 0.03),
+        "balanced": placed(20, 0.285, 0.17, 0.08, 0.02),
+        "paper": {
+            "num_inference_steps": train_steps,
+            "refine_steps": 30,
+            "refine_strength": min(0.3, noise_window),
+            "scheduler": ["DDPMScheduler", {}],
+        },
     }
 
 
