@@ -124,19 +124,33 @@ def candidates(pipeline) -> list[dict]:
     def placed(shares) -> list[int]:
         return sorted({round(share * strongest) for share in shares} - {0}, reverse=True)
 
-    def low(calls: int) -> list[int]:
+    def low(calls: int, start: float) -> list[int]:
         alone = {"resolutions": (config.get("resolutions") or [config.sample_size])[:1], "num_inference_steps": calls}
-        return [int(time) for time in pipeline.plan(plan={**alone, "scheduler": SDE}).levels[0].timesteps]
+        plan = pipeline.plan(plan={**alone, "start_strength": start, "scheduler": SDE})
+        return [int(time) for time in plan.levels[0].timesteps]
 
+    start, later = _starts(pipeline)
     if count == 1:
-        return [{"num_inference_steps": calls, "scheduler": SDE} for calls in (8, 12, 16, 20, 30, 40)]
+        return [
+            {"num_inference_steps": calls, "start_strength": one, "scheduler": SDE}
+            for calls in (8, 12, 16, 20, 30, 40)
+            for one in sorted({start, later})
+        ]
+    variants = ((TIMES, 20, start, SDE), (HIGHER, 20, start, SDE), (TIMES, 30, later, SDE), (TIMES, 20, start, ODE))
     found = []
     for middle, top in CALLS if count > 2 else sorted({(top, top) for _, top in CALLS}):
-        for times, calls, solver in ((TIMES, 20, SDE), (HIGHER, 20, SDE), (TIMES, 40, SDE), (TIMES, 20, ODE)):
+        for times, calls, begin, solver in variants:
             higher = [*([placed(times[middle])] * (count - 2)), placed(times[top])]
-            plan = {"spacing": [low(calls), *higher], "scheduler": SDE}
+            plan = {"spacing": [low(calls, begin), *higher], "start_strength": begin, "scheduler": SDE}
             found.append(plan if solver is SDE else {**plan, "refine_scheduler": solver})
     return sorted(found, key=lambda plan: pipeline.plan(plan=plan).nfe_eq)
+
+
+def _starts(pipeline) -> tuple[float, float]:
+    """Two shares of the noise process to start the lowest level from: what a plan of the pipeline has, and less."""
+    plans = (pipeline.config.plans or {}).values()
+    start = min((plan.get("start_strength", 1.0) for plan in plans), default=1.0)
+    return (start, 0.85 * start) if pipeline.config.colors else (1.0, 1.0)
 
 
 def tune(

@@ -16,7 +16,7 @@ import sys
 import torch
 import torch.nn.functional as F
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
@@ -91,6 +91,55 @@ def check_scheduler(name: str, scheduler) -> None:
         )
 
 
+# pyrdiff.parts.colors: Images of one colour, spread as the colours of a data set are: all that can be told of an image in much noise.
+
+def check_colors(colors: Mapping | None, channels: int) -> None:
+    """
+    Refuses what is no mean and covariance of colours.
+
+    Args:
+        colors: {"mean": [C], "covariance": [C, C]} of the mean colours of images in [-1, 1], or `None`.
+        channels: C.
+    """
+    if colors is None:
+        return
+    try:
+        mean, covariance = (torch.tensor(colors[name], dtype=torch.float64) for name in ("mean", "covariance"))
+        good = mean.shape == (channels,) and covariance.shape == (channels, channels)
+        good = good and bool(covariance.isfinite().all() and mean.isfinite().all())
+        good = (
+            good and torch.equal(covariance, covariance.T) and bool((torch.linalg.eigvalsh(covariance) > -1e-5).all())
+        )
+    except (KeyError, TypeError, ValueError):
+        good = False
+    if not good:
+        raise ValueError(
+            f"colors={colors}: expected the mean [{channels}] and covariance [{channels}, {channels}] of colours"
+        )
+
+
+def draw_colors(
+    colors: Mapping, shape: tuple[int, int, int, int], generator: Generators, device: torch.device
+) -> torch.Tensor:
+    """
+    Images of one colour each, in [-1, 1] as far as their spread is.
+
+    Args:
+        colors: See `check_colors`.
+        shape: [B, C, H, W].
+        generator: One, or one an image.
+        device: Of the images.
+    """
+    covariance = torch.tensor(colors["covariance"], dtype=torch.float64)
+    values, vectors = torch.linalg.eigh(covariance)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # symmetric, so that it does not depend on signs
+    normal = randn_tensor((shape[0], shape[1], 1, 1), generator=generator, device=device)
+    drawn = (
+        torch.einsum("cd,bdhw->bchw", root.to(normal), normal) + torch.tensor(colors["mean"]).to(normal)[:, None, None]
+    )
+    return drawn.expand(shape)
+
+
 # pyrdiff.parts.levels: The levels of a pyramid: their sizes, and what a level needs of the network.
 
 def per_level(name: str, value, count: int) -> list:
@@ -137,6 +186,48 @@ def padded_grid(height: int, width: int, multiple: int) -> torch.Tensor:
         for side in (height, width)
     ]
     return torch.stack(torch.meshgrid(*axes, indexing="ij")).float()[None]
+
+
+# pyrdiff.parts.noise_windows: The noise that a network was trained for at each size: `noise_window` of its config.
+
+def check_noise(
+    config: Mapping,
+    train_steps: int,
+    starts: Sequence[tuple[tuple[int, int], float]],
+    box: Sequence[float] = (0.0, 0.0, 1.0, 1.0),
+) -> None:
+    """
+    Refuses levels that start from more noise than the network was trained for at their size.
+
+    Above the lowest of its `resolutions` a network may be trained for a share `noise_window` of the noise process only.
+    A size in between is taken for the resolution that is nearest in area.
+
+    Args:
+        config: Of the network. One without a `noise_window` was trained for all noise.
+        train_steps: Steps of the noise process.
+        starts: Of each level its (height, width) and the time that it starts from, 0 to train_steps - 1.
+        box: The window of the whole image that the levels show: top, left, bottom, right in [0, 1].
+
+    Raises:
+        ValueError: naming the window and the first level that starts beyond it.
+    """
+    window, trained = config.get("noise_window", 1.0), config.get("resolutions") or ()
+    if window >= 1 or len(trained) < 2:
+        return
+    areas = [math.prod(size) if isinstance(size, Sequence) else size * size for size in trained]
+    shown = (box[2] - box[0]) * (box[3] - box[1])
+    for (height, width), time in starts:
+        area = height * width / shown
+        nearest = min(range(len(areas)), key=lambda index: abs(math.log(areas[index] / area)))
+        if nearest > 0 and time > window * train_steps:
+            lowest = (
+                "x".join(map(str, trained[0])) if isinstance(trained[0], Sequence) else f"{trained[0]}x{trained[0]}"
+            )
+            raise ValueError(
+                f"noise_window={window}: the level {height}x{width} would start from time {time:.0f} of {train_steps}; "
+                f"expected at most {int(window * train_steps)}, since this network was trained for more noise at "
+                f"{lowest} only (a lower strength, or levels from there on)"
+            )
 
 
 # pyrdiff.parts.plans: Named plans: the arguments of a call that a pipeline keeps in its config, and the schedulers that they run with.
@@ -754,15 +845,20 @@ class PyramidalArguments(NamedTuple):
     refine_steps: int | Sequence[int] = 8
     refine_strength: float | Sequence[float] = 0.3
     spacing: str | Sequence[Sequence[int]] = "scheduler"
+    start_strength: float = 1.0
 
 
 @dataclass(frozen=True)
 class PyramidalStage:
-    """One level of a running call: its size, the size that the network runs at, both (height, width), and its steps."""
+    """
+    One level of a running call: its size, the size that the network runs at, both (height, width), its steps, and the
+    share of the noise process that they begin at.
+    """
 
     size: tuple[int, int]
     network_size: tuple[int, int]
     steps: LevelSteps
+    strength: float
 
 
 class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
@@ -777,6 +873,8 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         refine_scheduler (*optional*): Runs the levels above; by default the same one.
         plans (`dict`, *optional*): Named plans for `plan=`: {name: {argument of a call: value}}, and in it, as
             "scheduler" and "refine_scheduler", [class of diffusers, {setting: value}] to run the levels with instead.
+        colors (`dict`, *optional*): {"mean": [C], "covariance": [C, C]} of the mean colours of the training images, in
+            the [-1, 1] range, for `start_strength`.
     """
 
     _optional_components = ["refine_scheduler"]
@@ -789,10 +887,12 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         scheduler: SchedulerMixin,
         refine_scheduler: SchedulerMixin | None = None,
         plans: dict | None = None,
+        colors: dict | None = None,
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, refine_scheduler=refine_scheduler)
-        self.register_to_config(plans=plans)
+        self.register_to_config(plans=plans, colors=colors)
+        check_colors(colors, self._channels)
         check_scheduler("scheduler", scheduler)
         if refine_scheduler is not None:
             check_scheduler("refine_scheduler", refine_scheduler)
@@ -812,10 +912,14 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         refine_strength: float | Sequence[float] = 0.3,
         spacing: Literal["scheduler", "log_snr"] | Sequence[Sequence[int]] = "scheduler",
         plan: str | dict | None = None,
+        start_strength: float = 1.0,
     ) -> PyramidalPlan:
         """The levels, steps and cost of a call with these arguments (see `__call__`), without running the network."""
-        arguments = PyramidalArguments(resolutions, num_inference_steps, refine_steps, refine_strength, spacing)
+        arguments = PyramidalArguments(
+            resolutions, num_inference_steps, refine_steps, refine_strength, spacing, start_strength
+        )
         stages = self.lay_out(plan, arguments)
+        self._check_noise(stages)
         top = stages[-1].network_size
         levels = [
             PyramidalLevel(s.size, s.network_size, s.steps.times, nfe_eq(len(s.steps), s.network_size, top))
@@ -840,6 +944,7 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        start_strength: float = 1.0,
     ) -> PyramidalPipelineOutput | tuple:
         """
         Generates images from coarse to fine (algorithm 1, with the noise term outside the bracket as in eq. 6 and the
@@ -865,13 +970,19 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
             return_dict: Whether to return a `PyramidalPipelineOutput` or a tuple (images, levels).
             callback_on_step_end: Called as f(pipeline, step, timestep, {"latents": ...}) after each step, counted over
                 all levels; may return changed tensors. Setting `pipeline._interrupt = True` ends the run.
+            start_strength: Share in (0, 1] of the noise process that the lowest level starts from: 1 is noise alone
+                (the paper); below, plain images in the colours of the data (`colors`), noised up to there. What little
+                else more noise leaves of an image is hard to learn, and its errors become colour casts.
 
         Raises:
             ValueError: for arguments out of range, before any work.
         """
-        arguments = PyramidalArguments(resolutions, num_inference_steps, refine_steps, refine_strength, spacing)
+        arguments = PyramidalArguments(
+            resolutions, num_inference_steps, refine_steps, refine_strength, spacing, start_strength
+        )
         stages = self.lay_out(plan, arguments)
         self._check_call(batch_size, box, generator, output_type, callback_on_step_end_tensor_inputs)
+        self._check_noise(stages, box)
         calls = sum(len(stage.steps) for stage in stages)
         latents, levels = None, []
         with self._running(calls, callback_on_step_end, callback_on_step_end_tensor_inputs) as run:
@@ -897,11 +1008,16 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
     def _begin(
         self, stage: PyramidalStage, latents: torch.Tensor | None, batch_size: int, generator: Generators
     ) -> torch.Tensor:
-        """Noise at the lowest level (line 1); above, what was reached below, enlarged and renoised (eq. 2)."""
+        """
+        Noise at the lowest level (line 1), or plain colours in less of it; above, what was reached below, enlarged and
+        renoised (eq. 2).
+        """
         shape = (batch_size, self._channels, *stage.network_size)
         noise = randn_tensor(shape, generator=generator, device=self._execution_device)
-        if latents is None:
+        if latents is None and stage.strength == 1:
             return noise * stage.steps.scheduler.init_noise_sigma
+        if latents is None:
+            return stage.steps.renoise(draw_colors(self.config.colors, shape, generator, noise.device), noise)
         enlarged = F.interpolate(latents, stage.network_size, mode="bicubic", align_corners=False)
         return stage.steps.renoise(enlarged, noise)
 
@@ -930,14 +1046,25 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         strengths = per_level("refine_strength", arguments.refine_strength, len(sizes) - 1)
         for strength in strengths:
             check_strength("refine_strength", strength)
+        self._check_start(arguments.start_strength)
         stages = []
-        for index, (size, strength) in enumerate(zip(sizes, [1.0, *strengths], strict=True)):
+        for index, (size, strength) in enumerate(zip(sizes, [arguments.start_strength, *strengths], strict=True)):
             name = "refine_steps" if index else "num_inference_steps"
             steps = lay_out_steps(schedulers[min(index, 1)], calls[index], strength, spacings[index], name)
-            if index and spacings[index] == "scheduler":
+            if (index or strength < 1) and spacings[index] == "scheduler":
                 check_start_above_zero(steps, name, calls[index])
-            stages.append(PyramidalStage(size, rounded_up(size, self._size_multiple), steps))
+            stages.append(PyramidalStage(size, rounded_up(size, self._size_multiple), steps, strength))
         return stages
+
+    def _check_start(self, strength: float) -> None:
+        check_strength("start_strength", strength)
+        if strength < 1 and self.config.colors is None:
+            raise ValueError(f"start_strength={strength}: expected 1.0, since this pipeline carries no `colors`")
+
+    def _check_noise(self, stages: list[PyramidalStage], box: Sequence[float] = (0.0, 0.0, 1.0, 1.0)) -> None:
+        """Refuses more noise than the network is trained for at a level's size."""
+        starts = [(stage.size, stage.steps.times[0]) for stage in stages]
+        check_noise(self.unet.config, self.scheduler.config.num_train_timesteps, starts, box)
 
     def _choose(
         self, plan: str | dict | None, arguments: PyramidalArguments
