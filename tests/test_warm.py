@@ -17,6 +17,12 @@ print(json.dumps([sys.argv, os.getcwd(), dict(os.environ), helper.__file__, __na
 print("said", file=sys.stderr)
 """
 
+INTERRUPTED = """
+import os, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+os.kill(os.getpid(), signal.SIGINT)
+"""
+
 
 @pytest.mark.parametrize("kind", ["code", "script"])
 def test_a_fork_sees_what_an_interpreter_sees(tmp_path, kind):
@@ -39,7 +45,7 @@ def test_a_fork_sees_what_an_interpreter_sees(tmp_path, kind):
         ("import sys; sys.exit()", ""),
         ("1 / 0", "ZeroDivisionError: division by zero\n"),
         ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", ""),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGINT)", "KeyboardInterrupt\n"),
+        (INTERRUPTED, "KeyboardInterrupt\n"),
         ("import atexit, sys; atexit.register(print, 'last', file=sys.stderr)", "last\n"),
     ],
 )
