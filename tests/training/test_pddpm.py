@@ -85,7 +85,8 @@ def test_a_checkpoint_from_before_there_were_windows_and_shares_goes_on(paper, t
     folder = Path(shutil.copytree(paper["output_dir"], tmp_path / "run"))
     tensors, state = load_checkpoint(folder / "checkpoint-6")
     identity = state["identity"]
-    assert "noise_window" not in identity["network"] and identity.pop("level_share") is None
+    assert identity["network"].pop("noise_window") == 1.0 and identity.pop("level_share") is None
+    identity["network"]["a_setting_that_is_gone"] = 8
     shutil.rmtree(folder / "checkpoint-6")
     save_checkpoint(folder, 6, tensors, state)
     run({**paper, "output_dir": str(folder), "max_train_steps": 8})
@@ -96,7 +97,7 @@ def test_a_checkpoint_from_before_there_were_windows_and_shares_goes_on(paper, t
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"noise_window": 0.5}, 'network={"noise_window": null}, this run has {"noise_window": 0.5}'),
+        ({"noise_window": 0.5}, 'network={"noise_window": 1.0}, this run has {"noise_window": 0.5}'),
         ({"level_share": [1, 3]}, "level_share=null, this run has [1, 3]"),
     ],
 )

@@ -78,12 +78,14 @@ class RunFolder:
     def has_saved(self, step: int) -> bool:
         return self.path / f"checkpoint-{step}" in checkpoints.list_checkpoints(self.path)
 
-    def saved(self, identity: dict[str, Any]) -> Saved | None:
+    def saved(self, identity: dict[str, Any], defaults: dict[str, dict[str, Any]]) -> Saved | None:
         """
         The checkpoint that the settings say to resume from; None for a fresh start.
 
         Args:
             identity: What must be the same in the run that wrote it.
+            defaults: For each config in `identity`, the values of settings that an older config does not have. Settings
+                that only the older one has are gone, and say nothing.
 
         Raises:
             ValueError: if the checkpoint is not one of this run.
@@ -103,6 +105,8 @@ class RunFolder:
             raise ValueError(f"resume_from_checkpoint={wanted!r}: {newest[0]} is there; expected another output_dir")
         for key, value in identity.items():
             its_value = saved.state["identity"].get(key)
+            if key in defaults and isinstance(its_value, dict):
+                its_value = {name: its_value.get(name, defaults[key].get(name)) for name in value}
             if its_value != value:
                 its_value, value = _differing(its_value, value)
                 raise ValueError(

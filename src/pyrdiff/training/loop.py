@@ -1,6 +1,7 @@
 """Training of any method, top to bottom: networks, data, the loop, checkpoints, export."""
 
 import copy
+import inspect
 import json
 import math
 import time
@@ -26,8 +27,6 @@ from .losses import Draws
 from .outcomes import Launched, Outcome, launched
 from .settings import TrainingDiverged, TrainingSettings, TrainingStopped
 from .stopping import TIME_IS_UP, Budget, Signals, Stopwatch
-
-FULL_WINDOW = ("noise_window", 1.0)  # of a network that is trained at all times
 
 
 class Stage(NamedTuple):
@@ -212,11 +211,11 @@ class Run:
         self.learner.prepare()
 
     def _identity(self, network: torch.nn.Module, given: str | None) -> dict[str, Any]:
-        """What must be the same when a run resumes. What older runs could not set is left out where it is as then."""
+        """What must be the same when a run resumes."""
         shares = self.batches.level_share
         identity = {
             "method": self.method.name,
-            "network": {name: value for name, value in _config(network).items() if (name, value) != FULL_WINDOW},
+            "network": _config(network),
             "scheduler": _config(self.scheduler),
             "data": self.images.fingerprint,
             "batch": [self.accelerator.num_processes * size for size in self.batches.batch_sizes],
@@ -397,7 +396,8 @@ class Run:
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
-        saved = self.folder.saved(self.identity)
+        defaults = {"network": _defaults(self.learner.network), "scheduler": _defaults(self.scheduler)}
+        saved = self.folder.saved(self.identity, defaults)
         if saved is None:
             return
         self.learner.load(saved)
@@ -471,3 +471,9 @@ class Run:
 def _config(part) -> dict[str, Any]:
     """A config without what names versions and places."""
     return {key: value for key, value in json.loads(part.to_json_string()).items() if not key.startswith("_")}
+
+
+def _defaults(part) -> dict[str, Any]:
+    """The defaults of what a config holds, as JSON has them."""
+    parameters = inspect.signature(type(part).__init__).parameters.values()
+    return {item.name: json.loads(json.dumps(item.default, default=str)) for item in parameters}
