@@ -60,9 +60,12 @@ SHARED = {
 
 def plans(arm: str, pipeline) -> dict[str, dict]:
     """What an arm is sampled by: name -> arguments of a plan."""
-    top = [pipeline.unet.config.resolutions[-1]]
+    from pyrdiff.methods import pddpm
+
+    top = pipeline.unet.config.resolutions[-1]
+    signal = pipeline.scheduler.alphas_cumprod.tolist()
     full = {
-        f"full size, {name}": {"resolutions": top, "num_inference_steps": calls, "scheduler": scheduler}
+        f"full size, {name}": {"resolutions": [top], "num_inference_steps": calls, "scheduler": scheduler}
         for name, calls, scheduler in (
             ("SDE-DPM-Solver++ 20", 20, SDE),
             ("DPM-Solver++ 20", 20, ODE),
@@ -70,17 +73,27 @@ def plans(arm: str, pipeline) -> dict[str, dict]:
             ("DDIM 50", 50, DDIM),
         )
     }
+    sde = full["full size, SDE-DPM-Solver++ 20"]
+    full["full size, SDE-DPM-Solver++ 20, from colours"] = {
+        **sde,
+        "start_strength": pddpm.start_strength(signal, (top, top)),
+    }
     if arm == "full":
         return full
-    as_today = {
+    from_noise = {
         "/".join(map(str, calls)): {"num_inference_steps": calls[0], "refine_steps": calls[1:], "scheduler": SDE}
         for calls in ([20, 3, 2], [20, 4, 4], [30, 4, 4])
     }
-    low = pipeline.plan(plan=as_today["20/4/4"]).levels[0].timesteps
-    placed = {name: {"spacing": [list(map(int, low)), times, times], "scheduler": SDE} for name, times in STEPS.items()}
+    low = pipeline.unet.config.resolutions[0]
+    start = pddpm.start_strength(signal, (low, low))
+    balanced = pddpm.plans(len(signal), len(LEVELS), start)["balanced"]
+    from_colors = {
+        f"{name}, from colours": {**balanced, "spacing": [balanced["spacing"][0], times, times]}
+        for name, times in STEPS.items()
+    }
     if arm == "paper":
-        return {**as_today, **dict(list(placed.items())[:1]), **dict(list(full.items())[:2])}
-    return {**placed, **as_today}
+        return {**from_noise, **from_colors, "full size, SDE-DPM-Solver++ 20": sde}
+    return {**from_colors, **from_noise}
 
 
 def train(options) -> None:
