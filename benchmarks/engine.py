@@ -88,7 +88,7 @@ def plans(arm: str, pipeline) -> dict[str, dict]:
     start = pddpm.start_strength(signal, (low, low))
     balanced = pddpm.plans(len(signal), len(LEVELS), start)["balanced"]
     from_colors = {
-        f"{name}, from colours": {**balanced, "spacing": [balanced["spacing"][0], times, times]}
+        f"{name}, from colours": {**balanced, "spacing": [balanced["spacing"][0], *[times] * (len(LEVELS) - 1)]}
         for name, times in STEPS.items()
     }
     if arm == "paper":
