@@ -56,7 +56,10 @@ def double(value):
 '''
 MIDDLE = '''"""Uses sizes."""
 
+import zlib
+import json
 import math
+import bisect
 
 from pkg.parts.low import SCALE, double
 
@@ -108,7 +111,8 @@ def test_a_joined_file_keeps_comments_merges_imports_and_is_the_same_each_time()
     assert lines[:2] == ["# SPDX-License-Identifier: Apache-2.0", "# Written by pyrdiff; stands alone."]
     assert {"# Of somebody.", "SCALE = 2  # a comment that stays", "    # So does this one."} <= set(lines)
     imports = [line for line in lines if line.startswith(("import ", "from "))]
-    assert imports == ["import math", "from dataclasses import dataclass, field"]
+    plain = [f"import {name}" for name in ("bisect", "json", "math", "zlib")]
+    assert imports == [*plain, "from dataclasses import dataclass, field"]
     order = [lines.index(line) for line in ("SCALE = 2  # a comment that stays", "class Middle:", "class Plugin:")]
     assert order == sorted(order)
     turned = Source("pkg.plugin", dict(reversed(source().files.items())))
@@ -127,7 +131,7 @@ def test_a_joined_file_keeps_comments_merges_imports_and_is_the_same_each_time()
             {"top": "def run():\n    from pkg.parts.low import double\n"},
             "/pkg/plugin.py:2: expected the import of pkg.parts.low at the top level",
         ),
-        ({"middle": MIDDLE + "\nif SCALE:\n    import pkg.parts.low\n"}, "middle.py:15: expected the import"),
+        ({"middle": MIDDLE + "\nif SCALE:\n    import pkg.parts.low\n"}, "middle.py:18: expected the import"),
         ({"top": "from pyrdiff.parts import files as f\n"}, "/pkg/plugin.py:1: expected `from pyrdiff.parts import"),
         ({"low": "from __future__ import annotations\n" + LOW}, "/pkg/parts/low.py:1: expected no `from __future__`"),
         ({"top": "from . import parts\n"}, "/pkg/plugin.py:1: expected the full name of the module"),

@@ -128,12 +128,12 @@ def read_bench(path: str | os.PathLike) -> dict:
         ValueError: for another file.
     """
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        result = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"bench={str(path)!r}: cannot be read: {error}") from error
-    if not isinstance(found, dict) or found.get("kind") != "pyrdiff bench":
+    if not isinstance(result, dict) or result.get("kind") != "pyrdiff bench":
         raise ValueError(f"bench={str(path)!r}: expected a result of `pyrdiff bench`")
-    return found
+    return result
 
 
 def table(result: dict) -> str:
@@ -180,11 +180,11 @@ def measured(bench: dict) -> str:
 
 def eval_results(bench: dict, task: str | None) -> list[EvalResult]:
     """The measures of every arm that is no yardstick, as the Hub's model index takes them."""
-    found = []
+    results = []
     for arm, row in bench["arms"].items():
         for metric, measured in row["metrics"].items():
             if not row["yardstick"] and isinstance(measured["value"], (int, float)):
-                found.append(
+                results.append(
                     EvalResult(
                         task_type=task or "image-to-image",
                         dataset_type=bench["reference"]["name"],
@@ -194,7 +194,7 @@ def eval_results(bench: dict, task: str | None) -> list[EvalResult]:
                         metric_value=measured["value"],
                     )
                 )
-    return found
+    return results
 
 
 def _between(text: str, name: str, new: str) -> str:

@@ -109,13 +109,13 @@ def check(
     Raises:
         ValueError: if there is no such folder or repository.
     """
-    folder, repository, found = local_folder(path_or_repo), None, Check()
+    folder, repository, result = local_folder(path_or_repo), None, Check()
     if folder is None:
         if update_code:
             raise ValueError(f"update_code=True: {str(path_or_repo)!r} is no local folder; expected one")
         repository = Repository.open(str(path_or_repo), revision, token)
         folder = _fetch(repository)
-        found.commit = folder.name
+        result.commit = folder.name
     listed = {} if repository is None else {name: size or 0 for name, size in (repository.sizes or {}).items()}
     try:
         saved = read_folder(folder)
@@ -127,30 +127,30 @@ def check(
             _write_code(saved, code)
             saved = read_folder(folder)
     except ValueError as error:
-        found.files = listed | _files(folder)
-        found.problems = [*_misplaced(folder, found.files), f"does not load: {error}"]
-        return found
-    found.files = listed | _files(folder)
-    found.loads, found.pipeline = True, saved.pipeline_class.__name__
-    wrong_code = list(_wrong_code(saved, code, found.files))
-    found.problems += _misplaced(folder, found.files)
-    found.problems += _foreign(found.files, {*code.texts, *_data_files(saved)})
-    found.problems += _not_finite(pipeline)
-    found.problems += wrong_code
-    if "README.md" not in found.files:
-        found.notes.append("has no card (README.md)")
+        result.files = listed | _files(folder)
+        result.problems = [*_misplaced(folder, result.files), f"does not load: {error}"]
+        return result
+    result.files = listed | _files(folder)
+    result.loads, result.pipeline = True, saved.pipeline_class.__name__
+    wrong_code = list(_wrong_code(saved, code, result.files))
+    result.problems += _misplaced(folder, result.files)
+    result.problems += _foreign(result.files, {*code.texts, *_data_files(saved)})
+    result.problems += _not_finite(pipeline)
+    result.problems += wrong_code
+    if "README.md" not in result.files:
+        result.notes.append("has no card (README.md)")
     if wrong_code and not trust_remote_code:
-        found.notes.append("the load without pyrdiff was not tried, since it would run code that is not the installed")
-        return found
+        result.notes.append("the load without pyrdiff was not tried, since it would run code that is not the installed")
+        return result
     with tempfile.TemporaryDirectory() as place:
         copy = folder if wrong_code else _clean_copy(saved, code, Path(place))
         loaded = load_elsewhere(copy)
-    found.loads_elsewhere = loaded.digest == digest(pipeline)
+    result.loads_elsewhere = loaded.digest == digest(pipeline)
     if loaded.digest is None:
-        found.problems.append(f"does not load without pyrdiff: {loaded.why}")
-    elif not found.loads_elsewhere:
-        found.problems.append("loads without pyrdiff, but to other weights")
-    return found
+        result.problems.append(f"does not load without pyrdiff: {loaded.why}")
+    elif not result.loads_elsewhere:
+        result.problems.append("loads without pyrdiff, but to other weights")
+    return result
 
 
 # What belongs to a model.
@@ -167,7 +167,7 @@ def code_of(saved: SavedPipeline) -> Code:
 
 def _data_files(saved: SavedPipeline) -> set[str]:
     """Paths of the index, of the configs and of the weights."""
-    paths = {saved.folder / INDEX} | {part.config_file for part in saved.components.values() if part is not None}
+    paths = {saved.folder / INDEX} | {component.config_file for component in saved.components.values()}
     for network in saved.networks().values():
         paths |= {*weight_files(network), *network.folder.glob(f"{WEIGHTS}*.index*.json")}
     return {path.relative_to(saved.folder).as_posix() for path in paths}
@@ -228,7 +228,7 @@ def _wrong_code(saved: SavedPipeline, code: Code, files: dict[str, int]) -> Iter
 
 def _write_code(saved: SavedPipeline, code: Code) -> None:
     """Puts the code into the folder in place of all that is there, and names it in the index and the configs."""
-    for place in (saved.folder, *(part.folder for part in saved.components.values() if part is not None)):
+    for place in (saved.folder, *(component.folder for component in saved.components.values())):
         for old in place.glob("*.py"):
             old.unlink()
     for path, text in code.texts.items():
@@ -304,12 +304,13 @@ def load_elsewhere(folder: Path) -> Elsewhere:
 
 def digest(pipeline: DiffusionPipeline) -> str:
     """A hash of all weights, as `ELSEWHERE` computes it."""
-    found = hashlib.sha256()
+    total = hashlib.sha256()
     for name, network in _networks(pipeline):
         for key, value in sorted(network.state_dict().items()):
-            found.update(f"{name}.{key}".encode() + value.float().numpy().tobytes())
-    return found.hexdigest()
+            total.update(f"{name}.{key}".encode() + value.float().numpy().tobytes())
+    return total.hexdigest()
 
 
 def _networks(pipeline: DiffusionPipeline) -> list[tuple[str, torch.nn.Module]]:
-    return [(name, part) for name, part in sorted(pipeline.components.items()) if isinstance(part, torch.nn.Module)]
+    components = sorted(pipeline.components.items())
+    return [(name, component) for name, component in components if isinstance(component, torch.nn.Module)]

@@ -70,9 +70,9 @@ def write_licence(folder: Path) -> None:
 def _verify(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Loads an export the way a user without pyrdiff does, and compares every weight."""
     loaded = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True, use_safetensors=True)
-    for name, part in pipeline.components.items():
-        if isinstance(part, torch.nn.Module):
+    for name, network in pipeline.components.items():
+        if isinstance(network, torch.nn.Module):
             kept = loaded.components[name].state_dict()
-            for key, value in getattr(part, "_orig_mod", part).state_dict().items():
+            for key, value in getattr(network, "_orig_mod", network).state_dict().items():
                 if not torch.equal(value.detach().cpu().float(), kept[key].float()):
                     raise RuntimeError(f"{folder}: {name}.{key} was read back different from what was saved")

@@ -26,6 +26,7 @@ from .repository import LARGEST_CONFIG, Repository, local_folder
 
 INDEX = DiffusionPipeline.config_name
 WEIGHTS = "diffusion_pytorch_model"
+ABSENT = (None, [None, None])  # in the index, for a component that the pipeline does without
 LARGEST_NUMBER = 100_000  # a whole number in a config
 MOST_MODULES = 5_000  # inside a network
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
@@ -57,25 +58,25 @@ class Component:
 
 
 class SavedPipeline(NamedTuple):
-    """What the index and the configs of a folder say: the pipeline's class, the index, and the components by name."""
+    """What the index and the configs of a folder say: the pipeline's class, the index, and the components it has."""
 
     folder: Path
     pipeline_class: type
     index: dict
-    components: dict[str, Component | None]
+    components: dict[str, Component]
 
     def networks(self) -> dict[str, Component]:
-        return {name: part for name, part in self.components.items() if part is not None and part.shapes is not None}
+        return {name: component for name, component in self.components.items() if component.shapes is not None}
 
     def classes_with_code(self) -> dict[str, type]:
         """The classes whose code the folder carries, by component; "" for the pipeline."""
         classes = {"": self.pipeline_class}
-        classes |= {name: part.cls for name, part in self.components.items() if part is not None}
+        classes |= {name: component.cls for name, component in self.components.items()}
         return {name: cls for name, cls in classes.items() if cls.__module__.split(".")[0] != "diffusers"}
 
     def parameters(self) -> dict[str, int]:
         """{network: how many numbers it has}."""
-        return {name: sum(map(math.prod, part.shapes.values())) for name, part in self.networks().items()}
+        return {name: sum(map(math.prod, network.shapes.values())) for name, network in self.networks().items()}
 
 
 def load(
@@ -155,8 +156,8 @@ def read_folder(folder: Path) -> SavedPipeline:
     check_keys(path, {key: value for key, value in index.items() if key != "auto_map"}, pipeline_class)
     components = {}
     for name in sorted(set(pipeline_class._get_signature_keys(pipeline_class)[0]) & set(index)):
-        entry = index[name]
-        components[name] = None if entry is None or entry == [None, None] else _read_component(folder, name, entry)
+        if index[name] not in ABSENT:
+            components[name] = _read_component(folder, name, index[name])
     saved = SavedPipeline(folder, pipeline_class, index, components)
     named = index_entries(pipeline_class, saved.classes_with_code()).get("auto_map")
     if "auto_map" in index and index["auto_map"] != named:
@@ -307,19 +308,14 @@ def build(
 def _build(
     saved: SavedPipeline, pipeline_class: type, torch_dtype: torch.dtype | None, variant: str | None
 ) -> DiffusionPipeline:
-    takes = inspect.signature(pipeline_class.__init__).parameters
-    arguments = {key: value for key, value in saved.index.items() if key in takes and key not in saved.components}
-    options = dict(use_safetensors=True, torch_dtype=torch_dtype, variant=variant, local_files_only=True)
-    for name, part in saved.components.items():
-        if name not in takes:
+    arguments = {}
+    for name in inspect.signature(pipeline_class.__init__).parameters:
+        if name not in saved.index:
             continue
-        if part is None or part.shapes is None:
-            arguments[name] = part and part.cls.from_config(part.config)
-            continue
-        try:
-            arguments[name] = part.cls.from_pretrained(part.folder, **options)
-        except Exception as error:  # whatever the reader makes of strange values
-            raise ValueError(f"{part.config_file}: its weights do not load: {in_one_line(error)}") from error
+        if name in saved.components:
+            arguments[name] = _load_component(saved.components[name], torch_dtype, variant)
+        else:
+            arguments[name] = None if saved.index[name] in ABSENT else saved.index[name]
     try:
         return pipeline_class(**arguments)
     except Exception as error:  # whatever a constructor makes of strange values
@@ -327,25 +323,35 @@ def _build(
         raise ValueError(f"{path}: {pipeline_class.__name__} cannot be built from it: {in_one_line(error)}") from error
 
 
+def _load_component(component: Component, torch_dtype: torch.dtype | None, variant: str | None):
+    if component.shapes is None:
+        return component.cls.from_config(component.config)
+    options = dict(use_safetensors=True, torch_dtype=torch_dtype, variant=variant, local_files_only=True)
+    try:
+        return component.cls.from_pretrained(component.folder, **options)
+    except Exception as error:  # whatever the reader makes of strange values
+        raise ValueError(f"{component.config_file}: its weights do not load: {in_one_line(error)}") from error
+
+
 def check_weights(network: Component, variant: str | None = None) -> None:
     """Compares names, shapes and kinds of numbers in the headers of the weight files with those of the network."""
-    found, files = {}, weight_files(network, variant)
+    saved, files = {}, weight_files(network, variant)
     for path in files:
         try:
             with safe_open(path, "pt") as file:
                 for key in file.keys():  # noqa: SIM118
                     tensor = file.get_slice(key)
-                    found[key] = (path, tuple(tensor.get_shape()), tensor.get_dtype())
+                    saved[key] = (path, tuple(tensor.get_shape()), tensor.get_dtype())
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: expected safetensors: {in_one_line(error)}") from error
     config = network.cls.config_name
-    for text, keys in (("lacks", set(network.shapes) - set(found)), ("has unknown", set(found) - set(network.shapes))):
+    for text, keys in (("lacks", set(network.shapes) - set(saved)), ("has unknown", set(saved) - set(network.shapes))):
         if keys:
-            path = files[0] if text == "lacks" else found[min(keys)][0]
+            path = files[0] if text == "lacks" else saved[min(keys)][0]
             such = f"{len(keys)} tensors of {network.cls.__name__} by {config}, such as {shown(min(keys))}"
             raise ValueError(f"{path}: {text} {such}")
     for key, shape in network.shapes.items():
-        path, has, kind = found[key]
+        path, has, kind = saved[key]
         if has != shape:
             raise ValueError(f"{path}: {key} has the shape {has}; by {config} it has {shape}")
         if (kind in FLOATS) != (key in network.floats):

@@ -84,10 +84,10 @@ def push(
     for picture in pictures or []:
         if not Path(picture).is_file():
             raise ValueError(f"pictures: {str(picture)!r} is no file")
-    found = check(folder)
-    if not found.sound:
-        raise ValueError(f"path={str(path)!r}: is not sound: {'; '.join(found.problems)}")
-    content = {file: folder / file for file in found.files}
+    checked = check(folder)
+    if not checked.sound:
+        raise ValueError(f"path={str(path)!r}: is not sound: {'; '.join(checked.problems)}")
+    content = {file: folder / file for file in checked.files}
     shown = {}
     if pictures:
         shown = {Path(picture).name: Path(picture).stem.replace("_", " ") for picture in pictures}
@@ -123,7 +123,7 @@ def push(
         commit = api.create_commit(
             name,
             operations,
-            commit_message=commit_message or f"Upload {found.pipeline} with pyrdiff",
+            commit_message=commit_message or f"Upload {checked.pipeline} with pyrdiff",
             revision=revision,
             parent_commit=before.sha,
         )

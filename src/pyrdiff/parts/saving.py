@@ -50,8 +50,10 @@ class StandaloneSaving(KeepsSource):
 
     def _classes_with_code(self, components: dict[str, object]) -> dict[str, type]:
         """The classes that are not of diffusers by the folder that they are saved in, "" for the pipeline's own."""
-        inner = {name: getattr(part, "_orig_mod", part) for name, part in components.items()}  # of a compiled network
-        classes = {"": type(self)} | {name: type(part) for name, part in inner.items() if part is not None}
+        classes = {"": type(self)}
+        for name, component in components.items():
+            if component is not None:
+                classes[name] = type(getattr(component, "_orig_mod", component))  # of a compiled network, the network
         stock = ("diffusers", "transformers")
         return {name: cls for name, cls in classes.items() if cls.__module__.split(".")[0] not in stock}
 

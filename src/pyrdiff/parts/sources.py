@@ -73,7 +73,7 @@ def _read_source(module: str) -> Source | None:
         text = Path(path).read_text(encoding="utf-8")
         files[name] = SourceFile(path, text)
         if STANDS_ALONE not in text.split("\n")[:2]:
-            waiting += [found for found in OWN_IMPORT.findall(text) if found.split(".")[0] in own_packages]
+            waiting += [other for other in OWN_IMPORT.findall(text) if other.split(".")[0] in own_packages]
     return Source(module, files) if module in files else None
 
 

@@ -400,7 +400,7 @@ def _read_source(module: str) -> Source | None:
         text = Path(path).read_text(encoding="utf-8")
         files[name] = SourceFile(path, text)
         if STANDS_ALONE not in text.split("\n")[:2]:
-            waiting += [found for found in OWN_IMPORT.findall(text) if found.split(".")[0] in own_packages]
+            waiting += [other for other in OWN_IMPORT.findall(text) if other.split(".")[0] in own_packages]
     return Source(module, files) if module in files else None
 
 
@@ -486,8 +486,10 @@ class StandaloneSaving(KeepsSource):
 
     def _classes_with_code(self, components: dict[str, object]) -> dict[str, type]:
         """The classes that are not of diffusers by the folder that they are saved in, "" for the pipeline's own."""
-        inner = {name: getattr(part, "_orig_mod", part) for name, part in components.items()}  # of a compiled network
-        classes = {"": type(self)} | {name: type(part) for name, part in inner.items() if part is not None}
+        classes = {"": type(self)}
+        for name, component in components.items():
+            if component is not None:
+                classes[name] = type(getattr(component, "_orig_mod", component))  # of a compiled network, the network
         stock = ("diffusers", "transformers")
         return {name: cls for name, cls in classes.items() if cls.__module__.split(".")[0] not in stock}
 
