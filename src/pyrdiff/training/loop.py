@@ -91,19 +91,20 @@ def prepare(method: Method, settings: TrainingSettings, clock: Callable[[], floa
     """
     watch, accelerator = Stopwatch(clock), _accelerator(settings)
     stages = _stages(method, settings)
+    folders = [stage.folder for stage in stages]
     for stage in stages:
-        refuse_other_folder(stage.folder, stage.settings, within=[stage.folder for stage in stages])
+        refuse_other_folder(stage.folder, stage.settings, within=folders)
     repo_id = None
     if settings.push_to_hub and accelerator.is_main_process:
-        name = settings.hub_model_id or stage.folder.resolve().name
+        name = settings.hub_model_id or folders[-1].resolve().name
         repo_id = hub.reserve(name, private=settings.hub_private_repo or None)
     networks = [_network(stage) for stage in stages]  # all of them, so that bad settings are met before any work
     if accelerator.is_main_process:
-        for stage in stages:
-            checkpoints.sweep_strays(stage.folder)
+        for folder in folders:
+            checkpoints.sweep_strays(folder)
     surroundings = Surroundings(accelerator, _batches(settings, accelerator), watch, repo_id)
 
-    given = None
+    stage, given = stages[-1], None
     if len(stages) > 1:
         first = Run(stages[0], networks.pop(0), surroundings)
         stage = stage._replace(method=method.building_on(first.finish()))
