@@ -4,9 +4,11 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+import pyrdiff
 from pyrdiff.methods.pddpm import METHOD, PyramidalSettings
 from pyrdiff.training.checkpoints import load_checkpoint, save_checkpoint
 from pyrdiff.training.loop import DeviceBatch, train
@@ -79,6 +81,17 @@ def paper(toy) -> dict:
 
 def run(flags: dict) -> Path:
     return train(METHOD, PyramidalSettings(**flags))
+
+
+def test_the_exported_pipeline_starts_in_the_colours_of_the_images(paper):
+    pipeline = pyrdiff.load(Path(paper["output_dir"]) / "pipeline")
+    pixels = np.load(paper["train_data_dir"]).reshape(24, 8, 2, 8, 2, 3).mean((2, 4))  # at the lowest resolution
+    colors = pixels.mean((1, 2)) / 127.5 - 1
+    assert np.allclose(pipeline.config.colors["mean"], colors.mean(0), atol=5e-3)
+    assert np.allclose(pipeline.config.colors["covariance"], np.cov(colors.T), atol=1e-3)
+    assert pipeline.config.plans["balanced"]["start_strength"] == 0.41
+    assert pipeline.plan(plan="balanced").levels[0].timesteps[0] == 410
+    pipeline(1, plan="fast")
 
 
 def test_a_checkpoint_from_before_there_were_windows_and_shares_goes_on(paper, tmp_path):
