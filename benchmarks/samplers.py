@@ -11,6 +11,7 @@ from diffusers import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 from pyrdiff import PyramidalPipeline
+from pyrdiff.parts.noise_windows import check_noise
 from pyrdiff.parts.plans import NOISE_PROCESS
 from pyrdiff.plan import clipping
 
@@ -22,7 +23,7 @@ SDE = ["DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}]
 
 def top_level(pipeline):
     """The highest level of a pipeline, in a plan that fits however few training steps."""
-    return pipeline.plan(num_inference_steps=2, refine_steps=2, refine_strength=1.0).levels[-1]
+    return pipeline.lay_out({"num_inference_steps": 2, "refine_steps": 2, "refine_strength": 1.0})[-1]
 
 
 def scheduler_like(base: SchedulerMixin, kind: str, changes: dict) -> SchedulerMixin:
@@ -79,11 +80,15 @@ class Sampler:
         return self.pipeline(count, generator=generator, output_type="latent", **self.arguments).images
 
     def expected_calls(self) -> list[tuple[tuple[int, int], int]]:
-        """Network calls by size, before a run; of the parallel loop a guess. Raises `ValueError` for too many steps."""
+        """
+        Network calls by size, before a run; of the parallel loop a guess. Raises `ValueError` for too many steps, or
+        more noise than the network was trained for at that size.
+        """
         if self.loop in ("stock", "parallel"):
             calls, most = self.arguments["num_inference_steps"], self.scheduler.config.num_train_timesteps
             if calls > most:
                 raise ValueError(f"num_inference_steps={calls}: expected at most {most}, the training steps")
+            check_noise(self.network.config, most, [(tuple(self.shape[1:]), most - 1)])
             return [(self.shape[1:], calls * (3 if self.loop == "parallel" else 1))]
         known = inspect.signature(self.pipeline.plan).parameters
         plan = self.pipeline.plan(**{key: value for key, value in self.arguments.items() if key in known})
