@@ -68,8 +68,8 @@ def summary() -> str:
     faces, larger, quick = read("faces.json"), read("sr_faces_frontier.json"), read("pixel_aware_ddpm.json")
     lines = ["| | | Fréchet [95 %] or LPIPS | seconds an image |", "|---|---|---|---|"]
     for name, arm in (
-        ("plan balanced, 30/4/4 calls", "saved plan fast"),
-        ("plan fast, 20/3/2 calls", "pyramid 20/3/2, SDE-DPM-Solver++"),
+        ("pyramid of 30/4/4 calls", "saved plan fast"),
+        ("pyramid of 20/3/2 calls", "pyramid 20/3/2, SDE-DPM-Solver++"),
         ("*DPM-Solver++, 20 calls at full size*", "DPM-Solver++ 20"),
     ):
         row = faces["arms"][arm]
