@@ -18,8 +18,6 @@ from pyrdiff.parts.checks import (
     Generators,
     Size,
     check_count,
-    check_generator,
-    check_output_type,
     check_scheduler,
     check_size,
     check_strength,
@@ -258,9 +256,7 @@ class GuidedSRPipeline(SamplingPipeline, DiffusionPipeline):
         measured = self._read(image, operator, noise_std).to(self._execution_device, torch.float32)
         scale = self.PAPER_SCALE if guidance_scale is None else guidance_scale
         self._check_call(guidance, scale, guidance_every, noise_std, hard_consistency)
-        check_generator(generator, len(measured))
-        check_output_type(output_type)
-        self._check_callback_inputs(callback_on_step_end_tensor_inputs)
+        self._check_request(len(measured), generator, output_type, callback_on_step_end_tensor_inputs)
         sizes = self._level_sizes(tuple(measured.shape[-2:]), scale_factor, resolutions)
         steps = self._lay_out(sizes, refine_steps, refine_strength, spacing)
         self._check_steps(steps, guidance)

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import BaseOutput, logging
 
-from pyrdiff.parts.checks import Generators, check_count, check_generator, check_output_type, is_count
+from pyrdiff.parts.checks import Generators, check_count, is_count
 from pyrdiff.parts.images import ImageInput, read_images
 from pyrdiff.parts.sampling import Images, SamplingPipeline, plain
 from pyrdiff.parts.steps import takes
@@ -159,9 +159,7 @@ class ParallelTrajectoryPipeline(SamplingPipeline, DiffusionPipeline):
         times = self._times(num_passes, timesteps, first)
         steps = self._trajectory_steps(return_trajectory, trajectory_steps, first)
         start = self._start(batch_size, image, timestep, latents)
-        check_generator(generator, start.rows)
-        check_output_type(output_type)
-        self._check_callback_inputs(callback_on_step_end_tensor_inputs)
+        self._check_request(start.rows, generator, output_type, callback_on_step_end_tensor_inputs)
         if mode == "paper" and len(times) > 1:
             raise ValueError(f"num_passes={len(times)} in mode='paper': expected 1")
 

@@ -16,8 +16,6 @@ from pyrdiff.parts.checks import (
     Generators,
     Size,
     check_count,
-    check_generator,
-    check_output_type,
     check_scheduler,
     check_strength,
 )
@@ -220,7 +218,10 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
             resolutions, num_inference_steps, refine_steps, refine_strength, spacing, start_strength
         )
         stages = self.lay_out(plan, arguments)
-        self._check_call(batch_size, box, generator, output_type, callback_on_step_end_tensor_inputs)
+        check_count("batch_size", batch_size)
+        self._check_request(batch_size, generator, output_type, callback_on_step_end_tensor_inputs)
+        if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+            raise ValueError(f"box={box}: expected (top, left, bottom, right) within [0, 1]")
         self._check_noise(stages, box)
         calls = sum(len(stage.steps) for stage in stages)
         latents, levels = None, []
@@ -355,11 +356,3 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         for steps in refine_steps:
             check_count("refine_steps", steps)
         return [arguments.num_inference_steps, *refine_steps]
-
-    def _check_call(self, batch_size, box, generator, output_type, callback_inputs) -> None:
-        check_count("batch_size", batch_size)
-        if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
-            raise ValueError(f"box={box}: expected (top, left, bottom, right) within [0, 1]")
-        check_generator(generator, batch_size)
-        check_output_type(output_type)
-        self._check_callback_inputs(callback_inputs)

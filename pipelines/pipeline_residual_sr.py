@@ -18,8 +18,6 @@ from pyrdiff.parts.checks import (
     Generators,
     Size,
     check_count,
-    check_generator,
-    check_output_type,
     check_scheduler,
     check_size,
     check_strength,
@@ -221,9 +219,7 @@ class ResidualSRPipeline(SamplingPipeline, DiffusionPipeline):
         switches = {"hard_consistency": hard_consistency, "color_fix": color_fix, "clip_sample": clip_sample}
         for name, value in switches.items():
             check_switch(name, value)
-        check_generator(generator, len(low))
-        check_output_type(output_type)
-        self._check_callback_inputs(callback_on_step_end_tensor_inputs)
+        self._check_request(len(low), generator, output_type, callback_on_step_end_tensor_inputs)
         tiling = Tiling.checked(tile, tile_overlap, self._size_multiple)
         network = WindowedNetwork(self._network, self._size_multiple, tiling)
         estimates = self._estimates(steps)

@@ -289,6 +289,10 @@ class PixelAwareScheduler(KeepsSource, Algorithm1, SchedulerMixin, ConfigMixin):
 
     # What a network predicts, and what follows from its prediction in closed form.
 
+    def scale_model_input(self, sample: torch.Tensor, timestep: int | None = None) -> torch.Tensor:
+        """The sample as it is; `precondition` makes what a network sees."""
+        return sample
+
     def precondition(
         self, sample: torch.Tensor, timestep: Timestep, structure: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -369,10 +373,6 @@ class PixelAwareScheduler(KeepsSource, Algorithm1, SchedulerMixin, ConfigMixin):
         white = randn_tensor(structure.shape, generator=generator, device=structure.device, dtype=structure.dtype)
         spread = (log.exp() * self.config.residual_std**2 - torch.expm1(log)).sqrt()
         return (log / 2).exp() * structure + spread * white
-
-    def scale_model_input(self, sample: torch.Tensor, timestep: int | None = None) -> torch.Tensor:
-        """The sample as it is; `precondition` makes what a network sees."""
-        return sample
 
     def set_timesteps(
         self,

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
+from pyrdiff.parts.settings import is_whole
+
 Size = int | tuple[int, int]
 Generators = torch.Generator | list[torch.Generator] | None
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -17,7 +19,7 @@ def is_number(value) -> bool:
 
 def is_count(value) -> bool:
     """Whether it is a whole number from 1 up."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return is_whole(value) and value > 0
 
 
 def check_count(name: str, value) -> None:

@@ -8,6 +8,7 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 
+from pyrdiff.parts.checks import Generators, check_generator, check_output_type
 from pyrdiff.parts.saving import StandaloneSaving
 from pyrdiff.parts.steps import takes
 
@@ -64,7 +65,10 @@ class SamplingPipeline(StandaloneSaving):
             yield SamplingRun(self, progress, callback, tensor_inputs)
         self.maybe_free_model_hooks()
 
-    def _check_callback_inputs(self, names: Sequence[str]) -> None:
+    def _check_request(self, batch_size: int, generator: Generators, output_type: str, names: Sequence[str]) -> None:
+        """The arguments that all calls have; `names` is `callback_on_step_end_tensor_inputs`."""
+        check_generator(generator, batch_size)
+        check_output_type(output_type)
         if not set(names) <= set(self._callback_tensor_inputs):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs={list(names)}: expected a subset of {self._callback_tensor_inputs}"

@@ -14,8 +14,6 @@ from diffusers.utils.torch_utils import randn_tensor
 from pyrdiff.parts.checks import (
     Size,
     check_count,
-    check_generator,
-    check_output_type,
     check_scheduler,
     check_strength,
     is_count,
@@ -114,9 +112,7 @@ class LanczosPyramidPipeline(SamplingPipeline, DiffusionPipeline):
             ValueError: for arguments out of range, before any work.
         """
         check_count("batch_size", batch_size)
-        check_generator(generator, batch_size)
-        check_output_type(output_type)
-        self._check_callback_inputs(callback_on_step_end_tensor_inputs)
+        self._check_request(batch_size, generator, output_type, callback_on_step_end_tensor_inputs)
         sizes = self._level_sizes(resolutions)
         steps = self._lay_out(len(sizes), num_inference_steps, refine_steps, refine_strength)
 

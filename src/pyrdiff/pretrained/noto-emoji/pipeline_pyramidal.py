@@ -27,6 +27,35 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 
+# pyrdiff.parts.settings: Checks of the settings of networks and schedulers. Each raises `ValueError` with name, value and what is accepted.
+
+def check_choices(settings: Mapping, choices: Mapping[str, Sequence]) -> None:
+    """Each setting that `choices` names must have one of the values there."""
+    for name, accepted in choices.items():
+        if settings[name] not in accepted:
+            raise ValueError(f"{name}={settings[name]!r}: expected one of {tuple(accepted)}")
+
+
+def is_whole(value: object) -> bool:
+    """True for a whole number; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_whole(settings: Mapping, *names: str, optional: bool = False) -> None:
+    """Each of these settings must be a whole number from 1 up, or None if that is allowed."""
+    for name in names:
+        value = settings[name]
+        if not (is_whole(value) and value >= 1 or optional and value is None):
+            raise ValueError(f"{name}={value!r}: expected a whole number from 1 up{' or None' * optional}")
+
+
+def check_positive(settings: Mapping, *names: str) -> None:
+    """Each of these settings must be a finite number above 0."""
+    for name in names:
+        if not 0 < settings[name] < math.inf:
+            raise ValueError(f"{name}={settings[name]}: expected a finite number above 0")
+
+
 # pyrdiff.parts.checks: Checks of arguments that several pipelines take. Each raises `ValueError` with the name, the value and what fits.
 
 Size = int | tuple[int, int]
@@ -41,7 +70,7 @@ def is_number(value) -> bool:
 
 def is_count(value) -> bool:
     """Whether it is a whole number from 1 up."""
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return is_whole(value) and value > 0
 
 
 def check_count(name: str, value) -> None:
@@ -753,7 +782,10 @@ class SamplingPipeline(StandaloneSaving):
             yield SamplingRun(self, progress, callback, tensor_inputs)
         self.maybe_free_model_hooks()
 
-    def _check_callback_inputs(self, names: Sequence[str]) -> None:
+    def _check_request(self, batch_size: int, generator: Generators, output_type: str, names: Sequence[str]) -> None:
+        """The arguments that all calls have; `names` is `callback_on_step_end_tensor_inputs`."""
+        check_generator(generator, batch_size)
+        check_output_type(output_type)
         if not set(names) <= set(self._callback_tensor_inputs):
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs={list(names)}: expected a subset of {self._callback_tensor_inputs}"
@@ -983,7 +1015,10 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
             resolutions, num_inference_steps, refine_steps, refine_strength, spacing, start_strength
         )
         stages = self.lay_out(plan, arguments)
-        self._check_call(batch_size, box, generator, output_type, callback_on_step_end_tensor_inputs)
+        check_count("batch_size", batch_size)
+        self._check_request(batch_size, generator, output_type, callback_on_step_end_tensor_inputs)
+        if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
+            raise ValueError(f"box={box}: expected (top, left, bottom, right) within [0, 1]")
         self._check_noise(stages, box)
         calls = sum(len(stage.steps) for stage in stages)
         latents, levels = None, []
@@ -1118,11 +1153,3 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         for steps in refine_steps:
             check_count("refine_steps", steps)
         return [arguments.num_inference_steps, *refine_steps]
-
-    def _check_call(self, batch_size, box, generator, output_type, callback_inputs) -> None:
-        check_count("batch_size", batch_size)
-        if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
-            raise ValueError(f"box={box}: expected (top, left, bottom, right) within [0, 1]")
-        check_generator(generator, batch_size)
-        check_output_type(output_type)
-        self._check_callback_inputs(callback_inputs)
