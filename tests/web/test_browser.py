@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,12 @@ from test_session import huge_png
 from pyrdiff import CoordinateUNet2DModel, PyramidalPipeline, hub
 
 pytestmark = pytest.mark.slow
-pytest.importorskip("gradio", reason="the page needs gradio: pip install 'pyrdiff[demo]'")
-webdriver = pytest.importorskip("selenium.webdriver", reason="driving a browser needs selenium")
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 if not (CHROMIUM and DRIVER):
     pytest.skip("driving a browser needs chromium and chromedriver", allow_module_level=True)
+webdriver = pytest.importorskip("selenium.webdriver", reason="driving a browser needs selenium")
+if find_spec("gradio") is None:  # imported by the page's process only
+    pytest.skip("the page needs gradio: pip install 'pyrdiff[demo]'", allow_module_level=True)
 
 FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--window-size=1360,1000",
