@@ -1,6 +1,5 @@
 """Shared settings: real components at toy size, on the CPU, offline, one thread a process."""
 
-import atexit
 import os
 import shutil
 import sys
@@ -14,7 +13,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy sizes: more threads only wa
 # diffusers copies the code of loaded folders here; a test must neither see nor leave any. Each process of
 # pytest-xdist has its own.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="pyrdiff-test-modules-")
-atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 sys.path.insert(0, str(Path(__file__).parent))
 
 import warm  # noqa: E402
@@ -52,6 +50,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     warm.close()
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.hookimpl(optionalhook=True)
