@@ -159,7 +159,9 @@ def score(options) -> dict:
     scorer = scoring.Scorer(
         options.train_data_dir, None, size, 3, options.features, options.weights, torch.device("cpu"), 0, 3000, 0, 200
     )
-    held_out = scoring.load_images(options.held_out, size, 3)[: options.count]
+    held_out = scoring.load_images(options.held_out, size, 3)
+    order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(0))  # names may sort them by content
+    held_out = held_out[order[: options.count].numpy()]
     result = {
         "bench": "engine",
         "minutes": options.minutes,
