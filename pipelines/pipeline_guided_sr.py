@@ -274,14 +274,11 @@ class GuidedSRPipeline(SamplingPipeline, DiffusionPipeline):
         calls = sum(len(stage.steps) for stage in stages)
         latents, levels = None, []
         with self._frozen(), self._running(calls, callback_on_step_end, callback_on_step_end_tensor_inputs) as run:
-            for stage in stages:
-                if run.interrupted:
-                    break
+            for stage in run.going(stages):
                 operator = stage.operator
                 latents = self._begin(stage, latents, measured, mask, generator)  # lines 1 and 4
-                for index, (timestep, time) in enumerate(stage.steps.on(latents.device)):  # lines 5 to 9
-                    if run.interrupted:
-                        break
+                numbered = enumerate(stage.steps.on(latents.device))
+                for index, (timestep, time) in run.going(numbered):  # lines 5 to 9
                     guided = guide.predict(stage, index, timestep, time, latents)  # eq. 9 and line 8
                     latents = stage.steps.step(guided.output, timestep, latents, generator)
                     latents = latents if guided.push is None else latents + guided.push  # eq. 10

@@ -171,9 +171,7 @@ class ParallelTrajectoryPipeline(SamplingPipeline, DiffusionPipeline):
                 sample, passes = run.after_step(first, sample), []
             else:
                 sample, passes = self._begin(start, structure, generator), zip(times, [*times[1:], 0], strict=True)
-            for time, next_time in passes:
-                if run.interrupted:
-                    break
+            for time, next_time in run.going(passes):
                 inner = [step for step in steps if next_time < step <= time]
                 clean, noises = self._pass(sample, time, structure, inner, clip_sample)
                 if inner:

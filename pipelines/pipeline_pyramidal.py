@@ -226,14 +226,10 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         calls = sum(len(stage.steps) for stage in stages)
         latents, levels = None, []
         with self._running(calls, callback_on_step_end, callback_on_step_end_tensor_inputs) as run:
-            for stage in stages:
-                if run.interrupted:
-                    break
+            for stage in run.going(stages):
                 latents = self._begin(stage, latents, batch_size, generator)  # line 1; lines 7 and 8
                 coordinates = self._coordinates(stage, box, batch_size)
-                for timestep, network_time in stage.steps.on(latents.device):  # lines 2 to 4; lines 9 to 11
-                    if run.interrupted:
-                        break
+                for timestep, network_time in run.going(stage.steps.on(latents.device)):  # lines 2 to 4; 9 to 11
                     sample = stage.steps.scheduler.scale_model_input(latents, timestep)
                     prediction = self._predict(sample, network_time, coordinates)
                     latents = stage.steps.step(prediction, timestep, latents, generator)

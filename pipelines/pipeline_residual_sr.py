@@ -234,9 +234,7 @@ class ResidualSRPipeline(SamplingPipeline, DiffusionPipeline):
         if isinstance(generator, list):  # the samples of an input draw from its generator in turn
             generator = [one for one in generator for _ in range(num_samples)]
         with self._running(len(steps), callback_on_step_end, callback_on_step_end_tensor_inputs) as run:
-            for timestep, estimate in zip(steps.timesteps, estimates, strict=True):
-                if run.interrupted:
-                    break
+            for timestep, estimate in run.going(zip(steps.timesteps, estimates, strict=True)):
                 sample = steps.scheduler.scale_model_input(latents, timestep)
                 noise_level = torch.full((len(sample),), estimate.signal, device=device)
                 prediction = network.predict(sample, noise_level, upsampled)

@@ -1,7 +1,8 @@
 """What the pipelines share of a call: progress, interruption, callbacks, and the way out of [-1, 1]."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import PIL.Image
@@ -13,6 +14,7 @@ from pyrdiff.parts.saving import StandaloneSaving
 from pyrdiff.parts.steps import takes
 
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
+Item = TypeVar("Item")
 
 
 def plain(module: torch.nn.Module) -> torch.nn.Module:
@@ -28,9 +30,12 @@ class SamplingRun:
         self._callback, self._tensor_inputs = callback, tensor_inputs
         self._steps = 0
 
-    @property
-    def interrupted(self) -> bool:
-        return self._pipeline.interrupt
+    def going(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, until the run is interrupted."""
+        for item in items:
+            if self._pipeline.interrupt:
+                return
+            yield item
 
     def after_step(self, timestep: torch.Tensor | int, latents: torch.Tensor) -> torch.Tensor:
         """Tells the callback and the progress bar; returns the latents, or those that the callback made of them."""

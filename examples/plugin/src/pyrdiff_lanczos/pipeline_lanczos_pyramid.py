@@ -119,9 +119,7 @@ class LanczosPyramidPipeline(SamplingPipeline, DiffusionPipeline):
         latents, levels, device = None, [], self._execution_device
         calls = sum(len(level) for level in steps)
         with self._running(calls, callback_on_step_end, callback_on_step_end_tensor_inputs) as run:
-            for size, level in zip(sizes, steps, strict=True):
-                if run.interrupted:
-                    break
+            for size, level in run.going(zip(sizes, steps, strict=True)):
                 # Noise at the lowest level; above, the enlarged image, renoised.
                 noise = randn_tensor((batch_size, self._channels, *size), generator=generator, device=device)
                 if latents is None:
@@ -130,9 +128,7 @@ class LanczosPyramidPipeline(SamplingPipeline, DiffusionPipeline):
                     latents = level.renoise(self.enlarge(latents, size, self.config.lanczos_lobes), noise)
                 # The reverse process.
                 grid = pixel_grid(*size).to(device)[None]
-                for timestep, network_time in level.on(device):
-                    if run.interrupted:
-                        break
+                for timestep, network_time in run.going(level.on(device)):
                     sample = level.scheduler.scale_model_input(latents, timestep)
                     prediction = self._predict(sample, network_time, grid)
                     latents = level.step(prediction, timestep, latents, generator)

@@ -16,7 +16,7 @@ import sys
 import torch
 import torch.nn.functional as F
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
@@ -24,7 +24,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import create_repo
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 
 # pyrdiff.parts.settings: Checks of the settings of networks and schedulers. Each raises `ValueError` with name, value and what is accepted.
@@ -730,6 +730,7 @@ def check_start_above_zero(steps: LevelSteps, name: str, calls: int) -> None:
 # pyrdiff.parts.sampling: What the pipelines share of a call: progress, interruption, callbacks, and the way out of [-1, 1].
 
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
+Item = TypeVar("Item")
 
 
 def plain(module: torch.nn.Module) -> torch.nn.Module:
@@ -745,9 +746,12 @@ class SamplingRun:
         self._callback, self._tensor_inputs = callback, tensor_inputs
         self._steps = 0
 
-    @property
-    def interrupted(self) -> bool:
-        return self._pipeline.interrupt
+    def going(self, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, until the run is interrupted."""
+        for item in items:
+            if self._pipeline.interrupt:
+                return
+            yield item
 
     def after_step(self, timestep: torch.Tensor | int, latents: torch.Tensor) -> torch.Tensor:
         """Tells the callback and the progress bar; returns the latents, or those that the callback made of them."""
@@ -1023,14 +1027,10 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         calls = sum(len(stage.steps) for stage in stages)
         latents, levels = None, []
         with self._running(calls, callback_on_step_end, callback_on_step_end_tensor_inputs) as run:
-            for stage in stages:
-                if run.interrupted:
-                    break
+            for stage in run.going(stages):
                 latents = self._begin(stage, latents, batch_size, generator)  # line 1; lines 7 and 8
                 coordinates = self._coordinates(stage, box, batch_size)
-                for timestep, network_time in stage.steps.on(latents.device):  # lines 2 to 4; lines 9 to 11
-                    if run.interrupted:
-                        break
+                for timestep, network_time in run.going(stage.steps.on(latents.device)):  # lines 2 to 4; 9 to 11
                     sample = stage.steps.scheduler.scale_model_input(latents, timestep)
                     prediction = self._predict(sample, network_time, coordinates)
                     latents = stage.steps.step(prediction, timestep, latents, generator)
