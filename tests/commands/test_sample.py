@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -16,6 +17,7 @@ from PIL import Image
 import pyrdiff
 from pyrdiff import cli, hub
 from pyrdiff.commands.sample import check_call, generate
+from pyrdiff.parts.outputs import RECORD
 
 FEW = ("--num_inference_steps", 2, "--refine_steps", 2)
 
@@ -54,7 +56,8 @@ def run(monkeypatch, capsys, models):
 
 
 def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+    """The files, without the record of what the run made."""
+    return sorted(path.name for path in folder.iterdir() if path.name != RECORD)
 
 
 def read(folder: Path, seed: int) -> np.ndarray:
@@ -123,11 +126,9 @@ def test_skip_existing(run, tmp_path, monkeypatch):
     before = [read(tmp_path, seed) for seed in range(4)]
     for seed in (0, 3):
         (tmp_path / f"0000{seed}.png").unlink()
-    Image.new("L", (8, 8), 77).save(tmp_path / "00001.png")
     code, _, bar = run(tmp_path, *flags, "--skip_existing")
     assert code == 0 and "2/2" in bar
-    assert (read(tmp_path, 1) == 77).all()
-    for seed in (0, 2, 3):
+    for seed in range(4):
         assert np.abs(read(tmp_path, seed) - before[seed]).max() <= 1
     report = json.loads((tmp_path / "report.json").read_text())
     assert [file["status"] for file in report["files"]] == ["done", "skipped", "skipped", "done"]
@@ -135,8 +136,61 @@ def test_skip_existing(run, tmp_path, monkeypatch):
         patch.setattr(hub, "load", None)
         code, printed, _ = run(tmp_path, *flags, "--skip_existing")
     assert code == 0 and "4 skipped" in printed
+    code, printed, _ = run(tmp_path, *flags, "--seed", 2)  # more images of the same kind
+    assert code == 0 and len(names(tmp_path)) == 7 and "4 done" in printed
+
+
+@pytest.mark.parametrize("what", ["empty", "other picture"])
+def test_what_is_skipped_is_what_the_run_would_make(run, tmp_path, what):
+    flags = ["--num_images", 3, *FEW]
     run(tmp_path, *flags)
-    assert np.abs(read(tmp_path, 1) - before[1]).max() <= 1
+    path, whole = tmp_path / "00001.png", read(tmp_path, 1)
+    path.write_bytes(b"") if what == "empty" else Image.new("L", (8, 8), 77).save(path)
+    spoilt = path.read_bytes()
+    for further in ([], ["--skip_existing"]):
+        code, _, complaint = run(tmp_path, *flags, *further)
+        assert code == 2 and "--output_dir: " in complaint and "00001.png is there" in complaint
+        assert "--overwrite" in complaint and path.read_bytes() == spoilt
+    code, printed, _ = run(tmp_path, *flags, "--skip_existing", "--overwrite")
+    assert code == 0 and "1 done, 2 skipped" in printed
+    assert np.abs(read(tmp_path, 1) - whole).max() <= 1
+
+
+def test_images_of_two_kinds_are_not_mixed(run, tmp_path, models):
+    folder = tmp_path / "out"
+    run(folder, "--num_images", 4, *FEW)
+    Image.new("L", (8, 8), 77).save(folder / "mine.png")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for number in (2, 4):
+        code, _, complaint = run(folder, "--num_images", number, "--plan", "short", "--skip_existing")
+        assert code == 2 and complaint.count("\n") == 1 and "--overwrite" in complaint
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    code, _, complaint = run(folder, "--num_images", 2, "--plan", "short", "--overwrite")
+    assert code == 0 and names(folder) == ["00000.png", "00001.png", "mine.png", "report.json"], complaint
+    assert np.abs(read(folder, 1) - sampled(models["pyramid"], 1, plan="short")).max() <= 1
+
+
+def test_the_same_name_with_another_model_in_it_is_another_model(run, tmp_path, models, monkeypatch):
+    model = shutil.copytree(models["pyramid"], tmp_path / "model")
+    monkeypatch.setitem(models, "changing", model)
+    run(tmp_path / "out", "--num_images", 2, *FEW, model="changing")
+    hub.export(pyrdiff.load(model), model)  # trained again, as it were
+    code, _, complaint = run(tmp_path / "out", "--num_images", 2, *FEW, "--skip_existing", model="changing")
+    assert code == 2 and "00000.png (and 1 more) is there" in complaint
+
+
+@pytest.mark.parametrize("name", ["report.json", "grid.png", "out"])
+def test_files_of_others_are_not_replaced(run, tmp_path, name):
+    folder = tmp_path / "out"
+    path = folder / name if name == "report.json" else tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("not ours")
+    code, _, complaint = run(folder, "--num_images", 1, *FEW, "--grid", tmp_path / "grid.png")
+    assert code == 2 and complaint.startswith("error: --") and complaint.count("\n") == 1
+    assert path.read_text() == "not ours" and not list(tmp_path.rglob("0*.png"))
+    if name != "out":
+        code, _, _ = run(folder, "--num_images", 1, *FEW, "--grid", tmp_path / "grid.png", "--overwrite")
+        assert code == 0 and path.read_bytes() != b"not ours"
 
 
 @pytest.mark.parametrize("flags, said", [

@@ -2,7 +2,8 @@
 Generate images with a model.
 
 Image k has a generator of its own, seeded with --seed + k, so that it is the same in every batch and on every run. It
-is written as a file of that number as soon as it is done; report.json says how they were made.
+is written as a file of that number as soon as it is done; report.json says how they were made. A folder holds the
+images of one model and one way of sampling.
 
 Exit code: 0 all done, 2 bad input, 130 after Ctrl-C; the images that were finished by then stay.
 """
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pyrdiff.cli import expect, parse
 from pyrdiff.machine import open_device, versions
+from pyrdiff.parts.files import replacing
+from pyrdiff.parts.outputs import Outputs, made_by
 from pyrdiff.training.settings import parse_size
 
 if TYPE_CHECKING:
@@ -67,7 +70,9 @@ class SampleSettings:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the network."""
     skip_existing: bool = False
-    """Leave out images that are there already; the others are the same as without."""
+    """Leave out images that are there already, made the same way; the others are the same as without."""
+    overwrite: bool = False
+    """Replace what lies in --output_dir: images of other models or settings, and files that sample did not make."""
 
     def __post_init__(self):
         for name in ("num_images", "batch_size"):
@@ -75,6 +80,7 @@ class SampleSettings:
         given = self.budget_ms is not None and self.budget_ms > 0
         expect(self, "budget_ms", given if self.plan == "auto" else self.budget_ms is None, "a time with --plan auto")
         expect(self, "grid", self.grid is None or not Path(self.grid).is_dir(), "a file to write")
+        expect(self, "output_dir", not Path(self.output_dir).exists() or Path(self.output_dir).is_dir(), "a folder")
         expect(self, "seed", 0 <= self.seed <= 2**63 - self.num_images, "0 or more, below 2**63 for the last image")
         call_arguments(self)
 
@@ -182,37 +188,77 @@ def print_plan(pipeline: "DiffusionPipeline", arguments: dict) -> None:
         print(pipeline.plan(**{name: value for name, value in arguments.items() if name in known}), flush=True)
 
 
-def write_grid(paths: list[Path], target: Path) -> None:
+def write_grid(paths: list[Path], target: Path, outputs: Outputs) -> None:
     """The images of these files in rows, in one picture."""
     from PIL import Image
 
-    from pyrdiff.data import replacing
     from pyrdiff.training.previews import image_grid
 
     images = [Image.open(path) for path in paths]
     columns = math.ceil(math.sqrt(len(images)))
     rows = [images[start : start + columns] for start in range(0, len(images), columns)]
-    with replacing(target) as beside:
+    with outputs.replacing(target) as beside:
         image_grid(rows).save(beside, "PNG")
 
 
-def write_json(report: dict, target: Path) -> None:
+def write_json(report: dict, target: Path, outputs: Outputs | None = None) -> None:
     """Writes a report, whole or not at all."""
-    from pyrdiff.data import replacing
-
-    with replacing(target) as beside:
+    with (replacing if outputs is None else outputs.replacing)(target) as beside:
         beside.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def recipe(settings: SampleSettings) -> dict:
+    """What decides how the image of a seed looks: the model as it is now, and the flags of the call."""
+    model, flags = Path(settings.model), (*FLAGS, "budget_ms", "arguments", "dtype", "revision")
+    endings = (".safetensors", ".bin", "_config.json", "model_index.json")
+    found = [path for path in sorted(model.rglob("*")) if path.name.endswith(endings)] if model.is_dir() else []
+    stats = {path.relative_to(model).as_posix(): path.stat() for path in found}
+    parts = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+    name = str(model.resolve()) if parts else settings.model
+    return {"model": name, "parts": parts, **{flag: getattr(settings, flag) for flag in flags}}
+
+
+def refuse_mixing(paths: list[Path], outputs: Outputs) -> list[Path]:
+    """
+    Refuses a folder of other images, since images of one kind are measured together.
+
+    Args:
+        paths: The images that are to be there in the end, in one folder.
+        outputs: Those of the run.
+
+    Returns:
+        With `--overwrite`: the images of other runs, which are to go.
+
+    Raises:
+        ValueError: if other images are in the folder, and `--overwrite` was not given.
+    """
+    from pyrdiff.data.images import extensions
+
+    outputs.check(paths, "output_dir")
+    folder, known = paths[0].parent, set(paths)
+    there = sorted(folder.iterdir()) if folder.is_dir() else []
+    images = [path for path in there if path.suffix.lower() in extensions() and not path.name.startswith(".")]
+    others = [path for path in images if path not in known and not outputs.has(path)]
+    if others and not outputs.overwrite:
+        raise ValueError(
+            f"--output_dir={str(folder)!r}: holds {len(others)} images of other models, settings or origin, such as "
+            f"{others[0].name}; expected a folder of its own, or --overwrite"
+        )
+    return [path for path in others if (made_by(path) or "").startswith("sample ")]
 
 
 def main(args: list[str]) -> dict:
     settings = parse(SampleSettings, __doc__, args, prog="pyrdiff sample")
     from tqdm import tqdm
 
-    from pyrdiff.data import replacing
-
     folder, arguments = Path(settings.output_dir), call_arguments(settings)
     paths = {seed: folder / f"{seed:05d}.png" for seed in range(settings.seed, settings.seed + settings.num_images)}
-    skipped = [seed for seed, path in paths.items() if settings.skip_existing and path.is_file()]
+    outputs = Outputs("sample", recipe(settings), settings.overwrite)
+    reports = Outputs("sample report", {}, settings.overwrite)  # of all runs alike: each has its own settings in it
+    of_others = refuse_mixing(list(paths.values()), outputs)
+    reports.check([folder / "report.json"], "output_dir")
+    reports.check([settings.grid] if settings.grid is not None else [], "grid")
+    skipped = [seed for seed, path in paths.items() if settings.skip_existing and outputs.has(path)]
     seeds = [seed for seed in paths if seed not in set(skipped)]
     pipeline = load(settings, arguments) if seeds else None
     if pipeline:
@@ -221,12 +267,14 @@ def main(args: list[str]) -> dict:
             arguments["plan"] = find_plan(pipeline, settings)
         print_plan(pipeline, arguments)
     folder.mkdir(parents=True, exist_ok=True)
+    for path in of_others:
+        path.unlink()
 
     done, code, began = [], 0, time.perf_counter()
     images = generate(pipeline, seeds, settings.batch_size, arguments) if pipeline else ()
     try:
         for seed, image in tqdm(zip(seeds, images, strict=True), total=len(seeds), unit="image", disable=not seeds):
-            with replacing(paths[seed]) as beside:
+            with outputs.replacing(paths[seed]) as beside:
                 image.save(beside, "PNG")
             done.append(seed)
     except KeyboardInterrupt:
@@ -245,9 +293,9 @@ def main(args: list[str]) -> dict:
         "counts": {"done": len(done), "skipped": len(skipped), "not reached": len(seeds) - len(done)},
         "files": files,
     }
-    write_json(report, folder / "report.json")
+    write_json(report, folder / "report.json", reports)
     if files and settings.grid is not None:
-        write_grid([folder / file["file"] for file in files[:IN_GRID]], Path(settings.grid))
+        write_grid([folder / file["file"] for file in files[:IN_GRID]], Path(settings.grid), reports)
     counts = ", ".join(f"{count} {name}" for name, count in report["counts"].items())
     print(f"{counts}, in {seconds:.1f} s: {folder}")
     return {**report, "exit_code": code}

@@ -3,14 +3,16 @@ low-resolution images made of high-resolution ones. Also image files that are re
 what they carry."""
 
 from pyrdiff.parts.files import replacing
+from pyrdiff.parts.outputs import Outputs
 
 from .batches import Batch, MultiScaleBatches
 from .colors import color_statistics
 from .degradations import degrade, shrink
 from .files import Picture, check_saving, open_picture, save_picture
 from .glyphs import draw_glyphs
-from .images import BadImageError, decode_image, fit_image, image_tensor, list_images
+from .images import BadImageError, decode_image, fit_image, image_tensor
 from .levels import ImageLevels
+from .listing import Listing, list_images, look_into
 from .seeds import seed_of
 from .sources import ImageSource, open_source, read_image, sizes_of
 
@@ -19,7 +21,9 @@ __all__ = [
     "Batch",
     "ImageLevels",
     "ImageSource",
+    "Listing",
     "MultiScaleBatches",
+    "Outputs",
     "Picture",
     "check_saving",
     "color_statistics",
@@ -29,6 +33,7 @@ __all__ = [
     "fit_image",
     "image_tensor",
     "list_images",
+    "look_into",
     "open_picture",
     "open_source",
     "read_image",

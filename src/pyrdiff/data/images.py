@@ -1,12 +1,13 @@
-"""Reading images: list the files of a folder, decode one image, fit it to a size."""
+"""Reading images: decode one, fit it to a size."""
 
+import contextlib
 import errno
 import functools
+import importlib
 import io
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -40,47 +41,15 @@ class BadImageError(ValueError):
 @functools.cache
 def _formats() -> list[str]:
     Image.init()
+    with contextlib.suppress(ImportError):  # the extra "heif"
+        importlib.import_module("pillow_heif").register_heif_opener()
     return [name for name in Image.ID if name not in NOT_DECODED]
 
 
 @functools.cache
-def _extensions() -> frozenset[str]:
+def extensions() -> frozenset[str]:
+    """The endings of the files that can be decoded, in lower case, with their dot."""
     return frozenset(ext for ext, name in Image.registered_extensions().items() if name in _formats())
-
-
-def list_images(folder: str | os.PathLike) -> list[Path]:
-    """The image files in `folder` and the folders below it, sorted by relative POSIX path.
-
-    A file counts by its extension, upper or lower case. Hidden files and folders are left out. Links are followed, but
-    not back into a folder that contains them; a broken link counts as a file, so that it shows up as a bad image.
-
-    Raises:
-        ValueError: when `folder` does not exist, is not a folder or has no image.
-    """
-    folder = Path(folder)
-    if not folder.exists():
-        raise ValueError(f"folder={str(folder)!r} does not exist: expected a folder of images")
-    if not folder.is_dir():
-        raise ValueError(f"folder={str(folder)!r}: expected a folder of images")
-
-    paths = []
-
-    def walk(path: Path, parents: frozenset[str]) -> None:
-        real = os.path.realpath(path)
-        if real in parents:
-            return
-        for entry in path.iterdir():
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                walk(entry, parents | {real})
-            elif entry.suffix.lower() in _extensions() and (entry.is_file() or entry.is_symlink()):
-                paths.append(entry)
-
-    walk(folder, frozenset())
-    if not paths:
-        raise ValueError(f"folder={str(folder)!r} has no image: expected files such as .png, .jpg, .webp, .tif")
-    return sorted(paths, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def decode_image(

@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from .glyphs import draw_glyphs
-from .images import BadImageError, decode_image, fit_image, list_images
+from .images import BadImageError, decode_image, fit_image
+from .listing import look_into
 
 if TYPE_CHECKING:
     import datasets
@@ -41,11 +42,12 @@ class ImageSource(Protocol):
 
 
 class FolderImages:
-    """The images of a folder and the folders below it; see `list_images`."""
+    """The images of a folder and the folders below it; `listing` says what is taken. See `look_into`."""
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, leave_out_runs: bool = False):
         self.folder = Path(folder)
-        self.paths = list_images(folder)
+        self.listing = look_into(folder, leave_out_runs)
+        self.paths = self.listing.images
         self.names = [str(path) for path in self.paths]
 
     def __len__(self) -> int:
@@ -192,6 +194,7 @@ def open_source(
     split: str = "train",
     image_column: str | None = None,
     array_key: str | None = None,
+    leave_out_runs: bool = False,
 ) -> ImageSource:
     """Open a set of images. What `source` may be, in the order in which it is tried:
 
@@ -208,6 +211,7 @@ def open_source(
         split: Split of a Hub data set.
         image_column: Column of a Hub data set; None for the only one of feature type `datasets.Image`.
         array_key: Name of an array in a .npz file.
+        leave_out_runs: Of a folder, whether images that runs of ours wrote are left out; see `look_into`.
 
     Raises:
         ValueError: when `source` is none of these, has no images, or an option does not go with its kind.
@@ -225,7 +229,7 @@ def open_source(
     if path is None:
         return ArrayImages(draw_glyphs(GLYPH_SIZE), "glyphs")
     if path.is_dir():
-        return FolderImages(path)
+        return FolderImages(path, leave_out_runs)
     if path.exists():
         return _open_file(path, array_key)
     if not isinstance(source, str) or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:

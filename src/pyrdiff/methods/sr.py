@@ -318,7 +318,7 @@ def _validation_array(
     from pyrdiff.data import ImageLevels, open_source
     from pyrdiff.data.sources import Some
 
-    source = open_source(folder)
+    source = open_source(folder, leave_out_runs=True)
     some = Some(source, range(0, len(source), max(1, len(source) // count))[:count])
     return ImageLevels.build(some, [size], channels, background, on_bad_image, allow_enlarging=False).arrays[0]
 

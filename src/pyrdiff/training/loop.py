@@ -18,6 +18,7 @@ from tqdm import tqdm
 from pyrdiff import hub
 from pyrdiff.data import ImageLevels, MultiScaleBatches, open_source
 from pyrdiff.data.seeds import seed_of
+from pyrdiff.data.sources import FolderImages
 from pyrdiff.plugins import Method
 
 from . import checkpoints, reports
@@ -149,7 +150,10 @@ def _batches(settings: TrainingSettings, accelerator: Accelerator) -> MultiScale
             dataset_config=settings.dataset_config_name,
             image_column=settings.image_column,
             array_key=settings.array_key,
+            leave_out_runs=True,
         )
+        if isinstance(source, FolderImages):
+            accelerator.print(source.listing, flush=True)
         images = ImageLevels.build(
             source,
             settings.sizes,
