@@ -32,6 +32,8 @@ class Method:
             for its `preview`: it is not exported.
         finish: f(settings, network, images), for a method that is the `first` of another: last work on the trained
             network, such as fitting what is not learned by gradients, before it is kept.
+        tune: f(settings, pipeline, folder), last work on the exported folder, such as a search for plans; `pipeline`
+            checks before the training what it needs.
         classes: f() -> the pipelines, models and schedulers that the method's saved folders are made of, as far as
             they are not in diffusers. `pyrdiff.load` builds folders from these classes and no others.
         limits: For model cards: what such models cannot do, in a sentence or two.
@@ -47,6 +49,7 @@ class Method:
     preview: Callable
     first: Callable | None = None
     finish: Callable | None = None
+    tune: Callable | None = None
     classes: Callable[[], tuple[type, ...]] = tuple
     limits: str = ""
 

@@ -1,5 +1,6 @@
 """What Pyramidal DDPM draws: times within the noise window above the lowest resolution, levels by their shares."""
 
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from metrics.conftest import squeezenet_file  # noqa: F401
 
 import pyrdiff
 from pyrdiff.methods.pddpm import METHOD, PyramidalSettings
@@ -118,3 +120,45 @@ def test_a_run_does_not_go_on_with_another_window_or_share(paper, changes, named
     with pytest.raises(ValueError) as caught:
         run({**paper, **changes, "max_train_steps": 8})
     assert named in str(caught.value)
+
+
+@pytest.fixture
+def held_out(tmp_path, squeezenet_file) -> dict:  # noqa: F811
+    """The flags of a search after the training."""
+    path = tmp_path / "held_out.npy"
+    np.save(path, np.random.default_rng(1).integers(0, 256, (32, 16, 16, 3), dtype=np.uint8))
+    judged_by = {"features": "squeezenet", "feature_weights": str(squeezenet_file)}
+    return {"held_out_dir": str(path), "tune_minutes": 30, **judged_by}
+
+
+def test_the_finished_model_gets_plans_of_its_own(toy, held_out, monkeypatch):
+    module = importlib.import_module("pyrdiff.plan.tune")
+    every = module.candidates
+    monkeypatch.setattr(module, "candidates", lambda pipeline: every(pipeline)[:4])
+    monkeypatch.setattr(module, "MOST", 32)  # so it ends long before its minutes
+    folder = run({**toy(max_train_steps=2, resolution=["8", "24"]), **held_out})
+    figures = json.loads((folder / "tuning.json").read_text())
+    pipeline = pyrdiff.load(folder)
+    assert pipeline.config.plans["best"] == figures["plans"]["best"]["plan"] and "paper" in pipeline.config.plans
+    assert figures["held_out"] == 32
+    pipeline(1, plan="best")
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"held_out_dir": None}, "tune_minutes=30: expected held_out_dir beside it"),
+        ({"tune_minutes": None}, "tune_minutes=None: expected held_out_dir beside it"),
+        ({"tune_minutes": 0.0}, "tune_minutes=0.0: expected a number above 0"),
+        ({"held_out_dir": "few"}, "held_out: got 24 images; expected 32 or more"),
+        ({}, r"images of \[16, 16\]: expected sides of 17 or more for squeezenet"),
+        ({"feature_weights": "missing.pth"}, "missing.pth"),
+    ],
+)
+def test_a_search_that_cannot_be_is_refused_before_the_training(toy, held_out, changes, named):
+    flags = {**toy(max_train_steps=2), **held_out, **changes}
+    if flags["held_out_dir"] == "few":
+        flags["held_out_dir"] = flags["train_data_dir"]
+    with pytest.raises(ValueError, match=named):
+        run(flags)
+    assert not list(Path(flags["output_dir"]).glob("checkpoint-*"))

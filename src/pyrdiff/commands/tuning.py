@@ -22,13 +22,11 @@ def tune_saved(options: "BenchSettings") -> dict:
     Raises:
         ValueError: for a model without plans or outside a folder, or for too few images or minutes.
     """
-    import torch
-
     import pyrdiff
     from pyrdiff import metrics
-    from pyrdiff.data import ImageLevels, open_source
+    from pyrdiff.data import open_source
     from pyrdiff.pipelines import PyramidalPipeline
-    from pyrdiff.plan import tune
+    from pyrdiff.plan import held_out_images, tune
 
     folder = Path(options.model)
     if not (folder / "model_index.json").is_file():
@@ -40,11 +38,7 @@ def tune_saved(options: "BenchSettings") -> dict:
     if not isinstance(pipeline, PyramidalPipeline):
         raise ValueError(f"--tune: {options.model!r} is a {type(pipeline).__name__}; expected a PyramidalPipeline")
     pipeline.set_progress_bar_config(disable=True)
-    top, channels = pipeline.unet.config.resolutions[-1], pipeline.unet.config.image_channels
-    size = tuple(top) if isinstance(top, (list, tuple)) else (top, top)
-    source = open_source(Path(options.reference), array_key=options.array_key)
-    pixels = ImageLevels.build(source, [size], channels=channels).arrays[-1]
-    held_out = torch.from_numpy(pixels[:]).permute(0, 3, 1, 2).float() / 255
+    held_out = held_out_images(pipeline, open_source(Path(options.reference), array_key=options.array_key))
     features = metrics.open_features(options.features, weights=options.weights, device=device)
     found = tune(
         pipeline,

@@ -39,6 +39,15 @@ class PyramidalSettings(TrainingSettings):
     """Steps a round at each resolution, low to high. By default larger ones, of which a step shows fewer images, come
     more often (1 2 6 for 16 32 64); 1 1 1 is the paper's."""
 
+    held_out_dir: str | None = None
+    """Images that are not trained on (folder, .npz or .npy array), to choose the finished model's own plans by."""
+    tune_minutes: float | None = None
+    """For that search, after the training: a few."""
+    features: Literal["squeezenet", "alexnet", "inception", "dinov2", "classifier"] = "inception"
+    """Feature network of the distances by which plans are chosen."""
+    feature_weights: str | None = None
+    """Its file; by default downloaded."""
+
     def __post_init__(self):
         super().__post_init__()
         for low, high in zip(self.sizes, self.sizes[1:], strict=False):
@@ -49,6 +58,9 @@ class PyramidalSettings(TrainingSettings):
         good = shares is None or (len(shares) == len(self.sizes) and min(shares) >= 1)
         self._check("level_share", good, f"a whole number from 1 up for each of the {len(self.sizes)} resolutions")
         self._check("ddpm_num_steps", self.ddpm_num_steps >= 100, "100 or more, the steps that sampling takes")
+        self._above_zero("tune_minutes")
+        both = (self.tune_minutes is None) == (self.held_out_dir is None)
+        self._check("tune_minutes", both, "held_out_dir beside it, with images that are not trained on, or neither")
         self._check("snr_gamma", self.snr_gamma is None or self.snr_gamma > 0, "a number above 0")
 
 
@@ -135,7 +147,36 @@ def build_pipeline(settings: PyramidalSettings, network, scheduler, images):
 
     start = start_strength(scheduler.alphas_cumprod.tolist(), settings.sizes[0])
     named = plans(settings.ddpm_num_steps, len(settings.sizes), start, settings.noise_window)
-    return PyramidalPipeline(network, scheduler, plans=named, colors=color_statistics(images.arrays[0]))
+    pipeline = PyramidalPipeline(network, scheduler, plans=named, colors=color_statistics(images.arrays[0]))
+    if settings.held_out_dir is not None:
+        _judges(settings, pipeline)
+    return pipeline
+
+
+def _judges(settings: PyramidalSettings, pipeline):
+    """The images held out, [N, C, H, W] in [0, 1], and the feature network that plans are chosen by."""
+    from pyrdiff.data import open_source
+    from pyrdiff.metrics import open_features
+    from pyrdiff.plan import held_out_images
+
+    held_out = held_out_images(pipeline, open_source(settings.held_out_dir))
+    features = open_features(settings.features, settings.feature_weights, device=pipeline.device)
+    held_out = held_out.to(pipeline.device)
+    features(held_out[:1], data_range=(0, 1))  # refuses images that are too small for it
+    return held_out, features
+
+
+def tune(settings: PyramidalSettings, pipeline, folder) -> None:
+    """Searches for the model's own plans and writes them into its folder, if there are images to judge them by."""
+    from pyrdiff.plan import tune as search
+
+    if settings.held_out_dir is None:
+        return
+    held_out, features = _judges(settings, pipeline)
+    pipeline.set_progress_bar_config(disable=True)
+    found = search(pipeline, held_out, features, settings.tune_minutes)
+    found.save(folder)
+    print(found, flush=True)
 
 
 def start_strength(alphas_cumprod: list[float], size: tuple[int, int]) -> float:
@@ -208,6 +249,7 @@ METHOD = Method(
     loss=loss,
     pipeline=build_pipeline,
     preview=preview,
+    tune=tune,
     classes=classes,
     limits=(
         "It draws images of the kind that it was trained on, without a prompt, and may repeat training "

@@ -2,7 +2,7 @@
 
 from .clipping import CLIP, clipping
 from .cost import StepCosts, bench_plans, choose, measure_costs
-from .tune import Judged, Tuning, auto_plan, candidates, tune
+from .tune import Judged, Tuning, auto_plan, candidates, held_out_images, tune
 
 __all__ = [
     "CLIP",
@@ -14,6 +14,7 @@ __all__ = [
     "candidates",
     "choose",
     "clipping",
+    "held_out_images",
     "measure_costs",
     "tune",
 ]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pyrdiff.data import replacing
+from pyrdiff.data import ImageLevels, ImageSource, replacing
 from pyrdiff.metrics import bootstrap_interval
 from pyrdiff.metrics.distribution import KernelReference
 from pyrdiff.plan.clipping import CLIP
@@ -219,6 +219,28 @@ def tune(
     rounds.append((len(finalists), count))
     named = choose_three(finalists, yardstick)
     return Tuning(named, yardstick, finalists, rounds, clock() - began, seed, len(held_out), dict(features.conventions))
+
+
+def held_out_images(pipeline, source: ImageSource) -> torch.Tensor:
+    """
+    The images of a source at the top size of a pipeline.
+
+    Args:
+        pipeline: A `PyramidalPipeline`.
+        source: From `pyrdiff.data.open_source`.
+
+    Returns:
+        [N, C, H, W] in [0, 1].
+
+    Raises:
+        ValueError: for too few images to tune with.
+    """
+    if len(source) < LEAST:
+        raise ValueError(f"held_out: got {len(source)} images; expected {LEAST} or more that were not trained on")
+    top, channels = pipeline.unet.config.resolutions[-1], pipeline.unet.config.image_channels
+    size = tuple(top) if isinstance(top, (list, tuple)) else (top, top)
+    pixels = ImageLevels.build(source, [size], channels=channels).arrays[-1]
+    return torch.from_numpy(pixels[:]).permute(0, 3, 1, 2).float() / 255
 
 
 def choose_three(finalists: list[Judged], yardstick: Judged | None) -> dict[str, Judged]:

@@ -457,6 +457,8 @@ class Run:
                     data=self.settings.data_description,
                     limits=self.method.limits,
                 )
+                if self.method.tune is not None:
+                    self.method.tune(self.settings, self.pipeline, target)
             reports.closing(self, target)
             if self.step <= self.settings.lr_warmup_steps:
                 print(f"note: {self.step} steps are no more than lr_warmup_steps: it has learnt next to nothing")
