@@ -31,6 +31,7 @@ from pyrdiff.parts.operators import Operator, Sides, build_operator, project_ont
 from pyrdiff.parts.sampling import SamplingPipeline
 from pyrdiff.parts.steps import LevelSteps, check_start_above_zero, lay_out_steps
 from pyrdiff.parts.windows import Prediction, Tiling, WindowedNetwork
+from pyrdiff.parts.wrappers import plain
 
 
 @dataclass
@@ -161,8 +162,9 @@ class GuidedSRPipeline(SamplingPipeline, DiffusionPipeline):
         self.register_modules(unet=unet, scheduler=scheduler)
         check_scheduler("scheduler", scheduler)
         prediction_type(scheduler)
-        if unet.config.get("out_channels") not in (None, self._channels):
-            raise ValueError(f"unet makes {unet.config.out_channels} channels of {self._channels}: expected as many")
+        made = plain(unet).config.get("out_channels")
+        if made not in (None, self._channels):
+            raise ValueError(f"unet makes {made} channels of {self._channels}: expected as many")
 
     def plan(
         self,
@@ -350,7 +352,7 @@ class GuidedSRPipeline(SamplingPipeline, DiffusionPipeline):
             if spacing == "scheduler":
                 check_start_above_zero(levels[-1], "refine_steps", count)
         starts = [(size, level.times[0]) for size, level in zip(sizes, levels, strict=True)]
-        check_noise(self.unet.config, scheduler.config.num_train_timesteps, starts)
+        check_noise(plain(self.unet).config, scheduler.config.num_train_timesteps, starts)
         return levels
 
     @staticmethod

@@ -12,8 +12,9 @@ from diffusers.utils import BaseOutput, logging
 
 from pyrdiff.parts.checks import Generators, check_count, is_count
 from pyrdiff.parts.images import ImageInput, read_images
-from pyrdiff.parts.sampling import Images, SamplingPipeline, plain
-from pyrdiff.parts.steps import takes
+from pyrdiff.parts.sampling import Images, SamplingPipeline
+from pyrdiff.parts.settings import is_whole
+from pyrdiff.parts.wrappers import network_takes, plain
 
 logger = logging.get_logger(__name__)
 
@@ -81,7 +82,7 @@ class ParallelTrajectoryPipeline(SamplingPipeline, DiffusionPipeline):
         if not {"precondition", "prior_sample", "tied_noise"} <= set(dir(scheduler)):
             raise ValueError(f"scheduler={type(scheduler).__name__}: expected a PixelAwareScheduler")
         network, steps = plain(unet), scheduler.config.num_train_timesteps
-        if not takes(network.forward, "structure"):
+        if not network_takes(network, "structure"):
             raise ValueError(f"unet={type(network).__name__}: expected a ParallelTrajectoryUNet2DModel")
         config = network.config
         if config.use_structure != (autoencoder is not None):
@@ -94,9 +95,9 @@ class ParallelTrajectoryPipeline(SamplingPipeline, DiffusionPipeline):
             if config.sample_size is None:
                 raise ValueError("unet has sample_size=None: expected a size, where there is no autoencoder to say it")
             return
-        _check_setting("autoencoder", autoencoder.config, "epsilon", scheduler.config.epsilon, "scheduler")
-        _check_setting("autoencoder", autoencoder.config, "num_train_timesteps", steps, "scheduler")
-        _check_setting("autoencoder", autoencoder.config, "image_channels", config.image_channels, "unet")
+        _check_setting("autoencoder", plain(autoencoder).config, "epsilon", scheduler.config.epsilon, "scheduler")
+        _check_setting("autoencoder", plain(autoencoder).config, "num_train_timesteps", steps, "scheduler")
+        _check_setting("autoencoder", plain(autoencoder).config, "image_channels", config.image_channels, "unet")
 
     @torch.no_grad()
     def __call__(
@@ -203,7 +204,7 @@ class ParallelTrajectoryPipeline(SamplingPipeline, DiffusionPipeline):
         """One network call: the clean estimate, and the noises at the `inner` steps, if there are any."""
         scheduler = self.scheduler
         network_input, skip, scale = scheduler.precondition(sample, time, structure)
-        heads = inner if self.unet.config.head != "tied" and inner else None
+        heads = inner if plain(self.unet).config.head != "tied" and inner else None
         output = self._network(network_input, time, structure, heads)
         clean = skip + scale * output.sample.float()
         clean = clean.clamp(scheduler.config.epsilon, 1) if clip_sample else clean
@@ -216,21 +217,21 @@ class ParallelTrajectoryPipeline(SamplingPipeline, DiffusionPipeline):
 
     def _network(self, sample, timestep, structure, steps=None):
         """The network's output; a network without structure is not given one."""
-        arguments = {"structure": structure.to(self.unet.dtype)} if self.unet.config.use_structure else {}
-        return self.unet(sample.to(self.unet.dtype), timestep, steps=steps, **arguments)
+        arguments = {"structure": structure.to(plain(self.unet).dtype)} if plain(self.unet).config.use_structure else {}
+        return self.unet(sample.to(plain(self.unet).dtype), timestep, steps=steps, **arguments)
 
     def _structure(self, start: TrajectoryStart, generator: Generators, device: torch.device) -> torch.Tensor:
         """What the rates follow, [B, C, H, W] in [epsilon, 1]: of the image, of the latents, or of a draw."""
         if self.autoencoder is None:
-            shape = (start.rows, self.unet.config.image_channels, *self._size())
+            shape = (start.rows, plain(self.unet).config.image_channels, *self._size())
             return torch.full(shape, self.NO_STRUCTURE, device=device)
-        dtype, latents = self.autoencoder.dtype, start.latents
+        dtype, latents = plain(self.autoencoder).dtype, start.latents
         if start.image is not None:
             latents = self.autoencoder.encode(start.image.to(device, dtype), start.timestep)[0]
         elif latents is None:
             latents = self.autoencoder.sample_prior(start.rows, generator=generator)
         structure = self.autoencoder.decode(latents.to(device, dtype)).float()
-        return self._from_scale(structure) if self.autoencoder.config.output == "scale" else structure
+        return self._from_scale(structure) if plain(self.autoencoder).config.output == "scale" else structure
 
     def _from_scale(self, scale: torch.Tensor) -> torch.Tensor:
         """The image whose x_delta this is (eq. 7 solved for x_0), kept in [epsilon, 1]."""
@@ -251,7 +252,7 @@ class ParallelTrajectoryPipeline(SamplingPipeline, DiffusionPipeline):
         scheduler, timestep = self.scheduler, start.timestep
         sample = start.image.to(structure.device, torch.float32)
         every = list(range(1, timestep + 1))
-        if self.unet.config.target == "noise":  # line 5
+        if plain(self.unet).config.target == "noise":  # line 5
             noises = self._network(sample, timestep, scheduler.image_scale(structure), every).noises.float()
         else:
             network_input, skip, scale = scheduler.precondition(sample, timestep, structure)
@@ -279,7 +280,7 @@ class ParallelTrajectoryPipeline(SamplingPipeline, DiffusionPipeline):
 
     def _size(self) -> tuple[int, int]:
         """(height, width) of what is generated."""
-        config = self.unet.config if self.autoencoder is None else self.autoencoder.config
+        config = plain(self.unet).config if self.autoencoder is None else plain(self.autoencoder).config
         size = config.sample_size
         return tuple(size) if isinstance(size, (list, tuple)) else (size, size)
 
@@ -292,7 +293,7 @@ class ParallelTrajectoryPipeline(SamplingPipeline, DiffusionPipeline):
         if num_passes != 1:
             raise ValueError(f"num_passes={num_passes}, timesteps={list(timesteps)}: expected one of the two")
         times = list(timesteps) if isinstance(timesteps, Sequence) else [timesteps]
-        good = all(isinstance(time, int) and not isinstance(time, bool) for time in times)
+        good = all(is_whole(time) for time in times)
         if not good or times != sorted(set(times), reverse=True) or times[:1] != [start] or times[-1] < 1:
             raise ValueError(f"timesteps={times}: expected descending whole numbers from {start} to 1 or more")
         return times
@@ -306,7 +307,7 @@ class ParallelTrajectoryPipeline(SamplingPipeline, DiffusionPipeline):
         if steps is None:
             steps = range(1, start + 1)
         steps = list(steps) if isinstance(steps, Sequence) else [steps]
-        good = all(isinstance(step, int) and not isinstance(step, bool) and 1 <= step <= start for step in steps)
+        good = all(is_whole(step) and 1 <= step <= start for step in steps)
         if not steps or not good or len(set(steps)) < len(steps):
             raise ValueError(f"trajectory_steps={steps}: expected different whole numbers from 1 to {start}")
         return sorted(steps, reverse=True)
@@ -316,8 +317,7 @@ class ParallelTrajectoryPipeline(SamplingPipeline, DiffusionPipeline):
         check_count("batch_size", batch_size)
         if mode not in ("structure", "paper"):
             raise ValueError(f"mode={mode!r}: expected 'structure' or 'paper'")
-        whole = isinstance(timestep, int) and not isinstance(timestep, bool)
-        if timestep is not None and not (whole and 0 <= timestep <= total):
+        if timestep is not None and not (is_whole(timestep) and 0 <= timestep <= total):
             raise ValueError(f"timestep={timestep!r}: expected a whole number from 0 to {total}")
         if (image is None) != (timestep is None):
             raise ValueError(
@@ -331,7 +331,7 @@ class ParallelTrajectoryPipeline(SamplingPipeline, DiffusionPipeline):
                 )
             if self.autoencoder is None:
                 raise ValueError("mode='paper' needs an autoencoder, which estimates the image scale")
-        elif self.unet.config.target != "clean":
+        elif plain(self.unet).config.target != "clean":
             raise ValueError(
                 "mode='structure': this unet predicts noises only; expected mode='paper', as it was trained"
             )
@@ -341,7 +341,7 @@ class ParallelTrajectoryPipeline(SamplingPipeline, DiffusionPipeline):
     def _check_latents(self, latents: torch.Tensor, image: ImageInput | None) -> None:
         if image is not None or self.autoencoder is None:
             raise ValueError("latents: expected none beside image, or without an autoencoder")
-        size = self.autoencoder.config.latent_dim
+        size = plain(self.autoencoder).config.latent_dim
         fits = isinstance(latents, torch.Tensor) and latents.ndim == 2 and latents.shape[1] == size
         if not fits or not len(latents) or not latents.isfinite().all():
             raise ValueError(f"latents: got {getattr(latents, 'shape', type(latents))}; expected numbers [B, {size}]")
@@ -352,7 +352,7 @@ class ParallelTrajectoryPipeline(SamplingPipeline, DiffusionPipeline):
         """The image as a tensor [B, C, H, W]: a clean one in [epsilon, 1], a noisy one as it is."""
         if image is None:
             return TrajectoryStart(None, None, latents, batch_size if latents is None else len(latents))
-        channels, size = self.unet.config.image_channels, self._size()
+        channels, size = plain(self.unet).config.image_channels, self._size()
         if timestep > 0 and not isinstance(image, torch.Tensor):
             raise ValueError(
                 f"image of type {type(image).__name__} at timestep={timestep}: expected a tensor [B, C, H, W]"

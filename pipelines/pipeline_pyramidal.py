@@ -24,7 +24,9 @@ from pyrdiff.parts.levels import check_growing, nfe_eq, per_level, pixel_grid, r
 from pyrdiff.parts.noise_windows import check_noise
 from pyrdiff.parts.plans import check_not_beside_plan, plan_scheduler, read_plan
 from pyrdiff.parts.sampling import SamplingPipeline
+from pyrdiff.parts.settings import is_whole
 from pyrdiff.parts.steps import LevelSteps, Spacing, check_start_above_zero, lay_out_steps
+from pyrdiff.parts.wrappers import plain
 
 
 @dataclass
@@ -300,7 +302,7 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
     def _check_noise(self, stages: list[PyramidalStage], box: Sequence[float] = (0.0, 0.0, 1.0, 1.0)) -> None:
         """Refuses more noise than the network is trained for at a level's size."""
         starts = [(stage.size, stage.steps.times[0]) for stage in stages]
-        check_noise(self.unet.config, self.scheduler.config.num_train_timesteps, starts, box)
+        check_noise(plain(self.unet).config, self.scheduler.config.num_train_timesteps, starts, box)
 
     def _choose(
         self, plan: str | dict | None, arguments: PyramidalArguments
@@ -320,7 +322,8 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
     def _level_sizes(self, resolutions: Sequence[Size] | None) -> list[tuple[int, int]]:
         """The levels as (height, width), by default those of training."""
         if resolutions is None:
-            resolutions = getattr(self.unet.config, "resolutions", None) or [self.unet.config.sample_size]
+            config = plain(self.unet).config
+            resolutions = getattr(config, "resolutions", None) or [config.sample_size]
             if resolutions == [None]:
                 raise ValueError("resolutions=None: expected a list, since the network's config names none")
         sizes = check_growing("resolutions", resolutions)
@@ -338,7 +341,7 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         if len(spacing) != levels:
             raise ValueError(f"spacing gives times for {len(spacing)} levels: expected one list for each of {levels}")
         for times in spacing:
-            if not isinstance(times, (list, tuple)) or not all(isinstance(time, int) for time in times):
+            if not isinstance(times, (list, tuple)) or not all(is_whole(time) for time in times):
                 raise ValueError(f"spacing={spacing}: expected one list of whole numbers for each level")
         return list(spacing)
 

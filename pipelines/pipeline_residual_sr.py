@@ -29,9 +29,11 @@ from pyrdiff.parts.estimates import CleanEstimate, prediction_type, signal_and_n
 from pyrdiff.parts.images import read_images
 from pyrdiff.parts.operators import SeparableOperator, project_onto
 from pyrdiff.parts.plans import check_not_beside_plan, given, plan_scheduler, read_plan
-from pyrdiff.parts.sampling import SamplingPipeline, plain
+from pyrdiff.parts.sampling import SamplingPipeline
+from pyrdiff.parts.settings import is_whole
 from pyrdiff.parts.steps import LevelSteps, Spacing, check_start_above_zero, lay_out_steps, takes
 from pyrdiff.parts.windows import Tiling, WindowedNetwork
+from pyrdiff.parts.wrappers import network_takes, plain
 
 
 @dataclass
@@ -120,10 +122,9 @@ class ResidualSRPipeline(SamplingPipeline, DiffusionPipeline):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(plans=plans)
-        network = plain(unet)
-        if not (takes(network.forward, "noise_level") and takes(network.forward, "low_res")):
+        if not (network_takes(unet, "noise_level") and network_takes(unet, "low_res")):
             raise ValueError(
-                f"unet={type(network).__name__}: expected a network that takes `noise_level` and `low_res`, such as "
+                f"unet={type(plain(unet)).__name__}: expected a network that takes `noise_level` and `low_res`, such as "
                 "ResidualSRUNet2DModel"
             )
         self._check_process(scheduler)
@@ -256,7 +257,7 @@ class ResidualSRPipeline(SamplingPipeline, DiffusionPipeline):
         return output
 
     def _network(self, sample: torch.Tensor, level: torch.Tensor, low_res: torch.Tensor) -> torch.Tensor:
-        dtype = self.unet.dtype
+        dtype = plain(self.unet).dtype
         return self.unet(sample.to(dtype), level, low_res=low_res.to(dtype), return_dict=False)[0].float()
 
     @staticmethod
@@ -362,7 +363,7 @@ class ResidualSRPipeline(SamplingPipeline, DiffusionPipeline):
             if spacing not in ("scheduler", "log_snr"):
                 raise ValueError(f"spacing={spacing!r}: expected 'scheduler', 'log_snr' or a list of times")
             return calls or max(min(100, int(strength * train_steps)), 1), spacing
-        if not isinstance(spacing, (list, tuple)) or not all(type(time) is int for time in spacing):
+        if not isinstance(spacing, (list, tuple)) or not all(is_whole(time) for time in spacing):
             raise ValueError(f"spacing={spacing!r}: expected a list of descending whole numbers")
         if calls not in (None, len(spacing)):
             raise ValueError(f"num_inference_steps={calls} with {len(spacing)} times in spacing: expected as many")
@@ -411,7 +412,7 @@ class ResidualSRPipeline(SamplingPipeline, DiffusionPipeline):
         if not (is_number(scale) and scale > 0):
             raise ValueError(f"scheduler={name} with residual_scale={scale!r}: expected a finite number above 0")
         prediction_type(scheduler)
-        made = self.unet.config.get("out_channels") or channels
+        made = plain(self.unet).config.get("out_channels") or channels
         if made not in (channels, 2 * channels):
             raise ValueError(f"unet makes {made} channels of {channels}: expected as many, or twice as many")
         if self._takes_variance(scheduler) and made != 2 * channels:
@@ -422,7 +423,7 @@ class ResidualSRPipeline(SamplingPipeline, DiffusionPipeline):
 
     def _output_size(self, small: tuple[int, int], scale_factor: int | None) -> tuple[int, int]:
         """(height, width) of the output."""
-        trained = self.unet.config.get("scale_factors")
+        trained = plain(self.unet).config.get("scale_factors")
         if scale_factor is None:
             if not trained:
                 raise ValueError("scale_factor=None: expected a whole number, since the network's config names none")

@@ -9,6 +9,7 @@ from diffusers import DiffusionPipeline
 
 import pyrdiff
 from pyrdiff.parts.files import replacing_folder
+from pyrdiff.parts.wrappers import plain
 
 from . import card
 
@@ -73,6 +74,6 @@ def _verify(pipeline: DiffusionPipeline, folder: Path) -> None:
     for name, network in pipeline.components.items():
         if isinstance(network, torch.nn.Module):
             kept = loaded.components[name].state_dict()
-            for key, value in getattr(network, "_orig_mod", network).state_dict().items():
+            for key, value in plain(network).state_dict().items():
                 if not torch.equal(value.detach().cpu().float(), kept[key].float()):
                     raise RuntimeError(f"{folder}: {name}.{key} was read back different from what was saved")

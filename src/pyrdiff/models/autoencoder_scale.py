@@ -79,6 +79,7 @@ class Level(nn.Module):
         self, in_channels: int, channels: int, layers: int, attention: bool, groups: int, time_channels: int | None
     ):
         super().__init__()
+        self.gradient_checkpointing = False
         self.blocks = nn.ModuleList(
             ResnetBlock2D(
                 in_channels=channels if layer else in_channels,
@@ -102,11 +103,16 @@ class Level(nn.Module):
         )
 
     def forward(self, hidden: torch.Tensor, embedding: torch.Tensor | None = None) -> torch.Tensor:
-        for index, block in enumerate(self.blocks):
-            hidden = block(hidden, embedding)
-            if self.attentions:
-                hidden = self.attentions[index](hidden)
+        for index in range(len(self.blocks)):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden = self._gradient_checkpointing_func(self._layer, index, hidden, embedding)
+            else:
+                hidden = self._layer(index, hidden, embedding)
         return hidden
+
+    def _layer(self, index: int, hidden: torch.Tensor, embedding: torch.Tensor | None) -> torch.Tensor:
+        hidden = self.blocks[index](hidden, embedding)
+        return self.attentions[index](hidden) if self.attentions else hidden
 
 
 class ScaleAutoencoder(KeepsSource, Presets, ModelMixin, ConfigMixin):
@@ -145,6 +151,9 @@ class ScaleAutoencoder(KeepsSource, Presets, ModelMixin, ConfigMixin):
     """
 
     presets = PRESETS
+    # Diffusers brings weights back when `forward` is called; pipelines call `encode`, `decode` and `sample_prior`.
+    _supports_group_offloading = False
+    _supports_gradient_checkpointing = True
     CHOICES = {"output": ("structure", "scale"), "prior": ("gmm", "normal")}
     WHOLE = (
         "image_channels", "layers_per_block", "bottleneck_channels", "latent_dim", "patch_size", "norm_num_groups",
@@ -185,7 +194,7 @@ class ScaleAutoencoder(KeepsSource, Presets, ModelMixin, ConfigMixin):
                 f"block_out_channels={widths}: expected multiples of norm_num_groups={groups}, one or more"
             )
         multiple = patch_size * 2 ** len(widths)
-        size = (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+        size = (sample_size, sample_size) if is_whole(sample_size) else tuple(sample_size)
         if len(size) != 2 or any(not is_whole(side) or side < 1 or side % multiple for side in size):
             raise ValueError(
                 f"sample_size={sample_size}: expected one side or (height, width), multiples of {multiple}"
@@ -271,7 +280,9 @@ class ScaleAutoencoder(KeepsSource, Presets, ModelMixin, ConfigMixin):
             )
         time, last = one_for_each("timestep", timestep, sample), self.config.num_train_timesteps
         # The values are not looked at on an accelerator: that would wait for all that is queued there.
-        if time.device.type == "cpu" and not ((time >= 0) & (time <= last)).all():
+        # Nor while compiling, where it would break the graph.
+        looks = time.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looks and not ((time >= 0) & (time <= last)).all():
             raise ValueError(f"timestep={timestep}: expected 0 to num_train_timesteps={last}")
         time = time.to(sample.device).expand(len(sample))
         embedding = self.time_embedding(self.time_proj(time).to(self.dtype))

@@ -125,6 +125,31 @@ class Level(nn.Module):
     def __init__(self, fusion: Fusion, blocks: list[Block], resize: nn.Module | None):
         super().__init__()
         self.fusion, self.blocks, self.resize = fusion, nn.ModuleList(blocks), resize
+        self.gradient_checkpointing = False
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        embedding: torch.Tensor,
+        structure: torch.Tensor | None,
+        joined: Sequence[torch.Tensor] = (),
+    ) -> list[torch.Tensor]:
+        """
+        What each block gives, and at last the resize, if there is one.
+
+        Args:
+            hidden, embedding, structure: As for `Fusion`.
+            joined: What each block gets beside its input, on the way up.
+        """
+        hidden, outputs = self.fusion(hidden, embedding, structure), []
+        for index, block in enumerate(self.blocks):
+            hidden = torch.cat((hidden, joined[index]), dim=1) if joined else hidden
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden = self._gradient_checkpointing_func(block, hidden, embedding)
+            else:
+                hidden = block(hidden, embedding)
+            outputs.append(hidden)
+        return outputs if self.resize is None else [*outputs, self.resize(hidden)]
 
 
 class LiteralHead(nn.Module):
@@ -214,6 +239,7 @@ class ParallelTrajectoryUNet2DModel(KeepsSource, Presets, ModelMixin, ConfigMixi
     """
 
     presets = PRESETS
+    _supports_gradient_checkpointing = True
     RETIRED = ("rank",)  # of a head that version 0.1.0 had
     CHOICES = {"head": ("tied", "literal"), "target": ("clean", "noise")}
     WHOLE = (
@@ -353,21 +379,13 @@ class ParallelTrajectoryUNet2DModel(KeepsSource, Presets, ModelMixin, ConfigMixi
         # 2. Down, the middle, and up; time and structure are added where a level begins (appendix C, item 2).
         kept = [hidden]
         for level, scale in zip(self.encoder, scales, strict=True):
-            hidden = level.fusion(hidden, embedding, scale)
-            for block in level.blocks:
-                hidden = block(hidden, embedding)
-                kept.append(hidden)
-            if level.resize is not None:
-                hidden = level.resize(hidden)
-                kept.append(hidden)
+            kept += level(kept[-1], embedding, scale)
+        hidden = kept[-1]
         for block in self.middle:
             hidden = block(hidden, embedding)
         for level, scale in zip(self.decoder, reversed(scales), strict=True):
-            hidden = level.fusion(hidden, embedding, scale)
-            for block in level.blocks:
-                hidden = block(torch.cat((hidden, kept.pop()), dim=1), embedding)
-            if level.resize is not None:
-                hidden = level.resize(hidden)
+            joined = [kept.pop() for _ in level.blocks]
+            hidden = level(hidden, embedding, scale, joined)[-1]
 
         # 3. The clean image, and the noises of the steps asked (eq. 14).
         clean = noises = None
@@ -434,6 +452,8 @@ class ParallelTrajectoryUNet2DModel(KeepsSource, Presets, ModelMixin, ConfigMixi
         """[B], in float32."""
         time, total = one_for_each("timestep", timestep, sample), self.config.num_train_timesteps
         # The values are not looked at on an accelerator: that would wait for all that is queued there.
-        if time.device.type == "cpu" and not ((time > 0) & (time <= total + EXACTNESS)).all():
+        # Nor while compiling, where it would break the graph.
+        looks = time.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looks and not ((time > 0) & (time <= total + EXACTNESS)).all():
             raise ValueError(f"timestep={timestep}: expected more than 0 and at most num_train_timesteps={total}")
         return time.to(sample.device).expand(len(sample))

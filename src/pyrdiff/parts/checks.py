@@ -1,6 +1,7 @@
 """Checks of arguments that several pipelines take. Each raises `ValueError` with the name, the value and what fits."""
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -13,8 +14,8 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 def is_number(value) -> bool:
-    """Whether it is a finite int or float; a bool is not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a finite real number, also one of numpy; a bool is not."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_count(value) -> bool:

@@ -1,5 +1,6 @@
 """What the pipelines share of a call: progress, interruption, callbacks, and the way out of [-1, 1]."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -8,18 +9,14 @@ import numpy as np
 import PIL.Image
 import torch
 import torch.nn.functional as F
+from diffusers import DiffusionPipeline
 
 from pyrdiff.parts.checks import Generators, check_generator, check_output_type
 from pyrdiff.parts.saving import StandaloneSaving
-from pyrdiff.parts.steps import takes
+from pyrdiff.parts.wrappers import network_takes, plain
 
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 Item = TypeVar("Item")
-
-
-def plain(module: torch.nn.Module) -> torch.nn.Module:
-    """The module inside a compiled one."""
-    return getattr(module, "_orig_mod", module)
 
 
 class SamplingRun:
@@ -54,6 +51,20 @@ class SamplingPipeline(StandaloneSaving):
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ["latents"]
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "SamplingPipeline":
+        """As stock, which takes over no network of a class that `__init__` does not name: here of every class."""
+        accepted = inspect.signature(cls.__init__).parameters
+        shared = {name: component for name, component in pipeline.components.items() if name in accepted}
+        return super().from_pipe(pipeline, **shared | kwargs)
+
+    @property
+    def components(self) -> dict[str, object]:
+        """As stock, without those that are left out by default: other pipelines may not know them."""
+        defaults = inspect.signature(type(self).__init__).parameters
+        named = super().components.items()
+        return {name: value for name, value in named if value is not None or defaults[name].default is not None}
+
     @property
     def num_timesteps(self) -> int:
         """Network calls of the last run."""
@@ -82,17 +93,18 @@ class SamplingPipeline(StandaloneSaving):
     @property
     def _channels(self) -> int:
         """Of an image."""
-        return getattr(self.unet.config, "image_channels", self.unet.config.in_channels)
+        config = plain(self.unet).config
+        return getattr(config, "image_channels", config.in_channels)
 
     @property
     def _size_multiple(self) -> int:
         """Sides of a network's sample are multiples of this."""
-        return 2 ** (len(getattr(self.unet.config, "block_out_channels", (1,))) - 1)
+        return 2 ** (len(getattr(plain(self.unet).config, "block_out_channels", (1,))) - 1)
 
     def _predict(self, sample: torch.Tensor, time: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
         """The network's output [B, C, H, W], float32; it is told where the pixels lie if it wants to know."""
-        where = {"coordinates": coordinates} if takes(plain(self.unet).forward, "coordinates") else {}
-        return self.unet(sample.to(self.unet.dtype), time, **where, return_dict=False)[0].float()
+        where = {"coordinates": coordinates} if network_takes(self.unet, "coordinates") else {}
+        return self.unet(sample.to(plain(self.unet).dtype), time, **where, return_dict=False)[0].float()
 
     def _to_output(self, latents: torch.Tensor, size: tuple[int, int], output_type: str) -> Images:
         """Latents [B, C, H, W] in [-1, 1] at a size and in the form that was asked for."""

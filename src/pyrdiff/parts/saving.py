@@ -9,6 +9,7 @@ import torch
 from huggingface_hub import create_repo
 
 from pyrdiff.parts.sources import MODULES, KeepsSource, auto_map, keep_source, source_of, standalone_text
+from pyrdiff.parts.wrappers import plain
 
 
 class StandaloneSaving(KeepsSource):
@@ -53,7 +54,7 @@ class StandaloneSaving(KeepsSource):
         classes = {"": type(self)}
         for name, component in components.items():
             if component is not None:
-                classes[name] = type(getattr(component, "_orig_mod", component))  # of a compiled network, the network
+                classes[name] = type(plain(component) if isinstance(component, torch.nn.Module) else component)
         stock = ("diffusers", "transformers")
         return {name: cls for name, cls in classes.items() if cls.__module__.split(".")[0] not in stock}
 

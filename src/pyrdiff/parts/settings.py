@@ -1,6 +1,7 @@
 """Checks of the settings of networks and schedulers. Each raises `ValueError` with name, value and what is accepted."""
 
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 
 
@@ -12,8 +13,8 @@ def check_choices(settings: Mapping, choices: Mapping[str, Sequence]) -> None:
 
 
 def is_whole(value: object) -> bool:
-    """True for a whole number; a bool is none."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """True for a whole number, also one of numpy; a bool is none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_whole(settings: Mapping, *names: str, optional: bool = False) -> None:
