@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 
 from pyrdiff.parts.checks import (
     Generators,
@@ -26,6 +25,7 @@ from pyrdiff.parts.checks import (
 from pyrdiff.parts.estimates import CleanEstimate, prediction_type, signal_and_noise, unclipped
 from pyrdiff.parts.images import ImageInput, read_images
 from pyrdiff.parts.levels import nfe_eq, padded_grid, per_level
+from pyrdiff.parts.noise import white_noise
 from pyrdiff.parts.noise_windows import check_noise
 from pyrdiff.parts.operators import Operator, Sides, build_operator, project_onto
 from pyrdiff.parts.sampling import SamplingPipeline
@@ -307,7 +307,7 @@ class GuidedSRPipeline(SamplingPipeline, DiffusionPipeline):
     ) -> torch.Tensor:
         """The input, or what was reached below, enlarged (line 1) and renoised (line 4, eq. 2)."""
         shape = (len(measured), self._channels, *stage.size)
-        noise = randn_tensor(shape, generator=generator, device=measured.device)
+        noise = white_noise(shape, generator=generator, device=measured.device)
         if latents is None and (mask is not None or measured.shape[1] != shape[1]):
             gray = torch.full(shape, 0.5, device=measured.device)
             start = 2 * stage.operator.correction(measured - stage.operator.A(gray))

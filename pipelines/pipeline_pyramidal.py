@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 
 from pyrdiff.parts.checks import (
     Generators,
@@ -21,6 +20,7 @@ from pyrdiff.parts.checks import (
 )
 from pyrdiff.parts.colors import check_colors, draw_colors
 from pyrdiff.parts.levels import check_growing, nfe_eq, per_level, pixel_grid, rounded_up
+from pyrdiff.parts.noise import white_noise
 from pyrdiff.parts.noise_windows import check_noise
 from pyrdiff.parts.plans import check_not_beside_plan, plan_scheduler, read_plan
 from pyrdiff.parts.sampling import SamplingPipeline
@@ -251,7 +251,7 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         renoised (eq. 2).
         """
         shape = (batch_size, self._channels, *stage.network_size)
-        noise = randn_tensor(shape, generator=generator, device=self._execution_device)
+        noise = white_noise(shape, generator=generator, device=self._execution_device)
         if latents is None and stage.strength == 1:
             return noise * stage.steps.scheduler.init_noise_sigma
         if latents is None:

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 
 from pyrdiff.parts.checks import (
     Generators,
@@ -27,6 +26,7 @@ from pyrdiff.parts.checks import (
 )
 from pyrdiff.parts.estimates import CleanEstimate, prediction_type, signal_and_noise, unclipped
 from pyrdiff.parts.images import read_images
+from pyrdiff.parts.noise import white_noise
 from pyrdiff.parts.operators import SeparableOperator, project_onto
 from pyrdiff.parts.plans import check_not_beside_plan, given, plan_scheduler, read_plan
 from pyrdiff.parts.sampling import SamplingPipeline
@@ -124,8 +124,8 @@ class ResidualSRPipeline(SamplingPipeline, DiffusionPipeline):
         self.register_to_config(plans=plans)
         if not (network_takes(unet, "noise_level") and network_takes(unet, "low_res")):
             raise ValueError(
-                f"unet={type(plain(unet)).__name__}: expected a network that takes `noise_level` and `low_res`, such as "
-                "ResidualSRUNet2DModel"
+                f"unet={type(plain(unet)).__name__}: expected a network that takes `noise_level` and `low_res`, such "
+                "as ResidualSRUNet2DModel"
             )
         self._check_process(scheduler)
         if plans is not None and not isinstance(plans, dict):
@@ -264,9 +264,9 @@ class ResidualSRPipeline(SamplingPipeline, DiffusionPipeline):
     def _noise(shape: torch.Size, num_samples: int, generator: Generators, device: torch.device) -> torch.Tensor:
         """Noise of the output's shape, input by input from its own generator if there are several."""
         if not isinstance(generator, list):
-            return randn_tensor(shape, generator=generator, device=device)
+            return white_noise(shape, generator=generator, device=device)
         samples = (num_samples, *shape[1:])
-        return torch.cat([randn_tensor(samples, generator=one, device=device) for one in generator])
+        return torch.cat([white_noise(samples, generator=one, device=device) for one in generator])
 
     @staticmethod
     def _begin(target: DiffusedTarget, steps: LevelSteps, strength: float, noise: torch.Tensor) -> torch.Tensor:

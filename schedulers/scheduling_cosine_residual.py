@@ -13,9 +13,10 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_ddpm import betas_for_alpha_bar
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from diffusers.utils import BaseOutput
-from diffusers.utils.torch_utils import randn_tensor
 
 from pyrdiff.parts.batch import beside
+from pyrdiff.parts.checks import check_generators
+from pyrdiff.parts.noise import white_noise
 from pyrdiff.parts.settings import check_choices, check_positive, check_whole
 from pyrdiff.parts.sources import KeepsSource
 from pyrdiff.parts.timesteps import chosen_timesteps
@@ -205,7 +206,8 @@ class CosineResidualScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
     def _gamma(self, timesteps: int | torch.Tensor) -> torch.Tensor:
         """gamma, float32, shaped as `timesteps`, which are whole numbers from -1 to T - 1."""
         timesteps = torch.as_tensor(timesteps)
-        if timesteps.device.type == "cpu" and not ((timesteps >= -1) & (timesteps < len(self))).all():
+        inside = (timesteps >= -1) & (timesteps < len(self)) & (timesteps == timesteps.floor())
+        if timesteps.device.type == "cpu" and not inside.all():
             raise ValueError(f"timesteps={timesteps.tolist()}: expected whole numbers from -1 to {len(self) - 1}")
         if self._gammas.device != timesteps.device:  # kept where it is used, so that a training step waits for no GPU
             self._gammas = self._gammas.to(timesteps.device)
@@ -214,6 +216,7 @@ class CosineResidualScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
     def sample_noise_level(self, timesteps: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
         """Noise levels for training, float32 [B], each drawn between the level of its timestep and the one before."""
         low, high = self.noise_level(timesteps), self.noise_level(timesteps - 1)
+        check_generators(generator)
         source = generator.device if generator is not None else low.device
         return low + (high - low) * torch.rand(low.shape, generator=generator, device=source).to(low.device)
 
@@ -251,6 +254,8 @@ class CosineResidualScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
             signal, sigma = gamma.sqrt(), (1 - gamma).sqrt()
         else:
             signal = torch.as_tensor(noise_level, dtype=torch.float32)
+            if signal.device.type == "cpu" and not ((signal > 0) & (signal <= 1)).all():
+                raise ValueError(f"noise_level={signal.tolist()}: expected numbers in (0, 1]")
             sigma = ((1 - signal) * (1 + signal)).sqrt()  # no cancellation near 1
         return tuple(beside(factor.to(sample.device, sample.dtype), sample) for factor in (signal, sigma))
 
@@ -311,11 +316,12 @@ class CosineResidualScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
 
     def previous_timestep(self, timestep: int) -> int:
         """The timestep that a step leads to (before `set_timesteps`: of the training process); -1 after the last."""
-        return int(timestep) - 1 if self._steps is None else self._numbers(timestep).prev_timestep
+        return self._numbers(timestep).prev_timestep
 
     def _numbers(self, timestep: int | torch.Tensor) -> ReverseStep:
-        if self._steps is None:
-            raise ValueError("timesteps are not set: expected a call of `set_timesteps` before `step`")
+        if self._steps is None:  # all steps, as in `DDPMScheduler`
+            times = list(range(len(self) - 1, -1, -1))
+            self._steps = dict(zip(times, self._reverse_steps(times), strict=True))
         if int(timestep) not in self._steps:
             raise ValueError(f"timestep={timestep}: expected one of `timesteps`, {sorted(self._steps, reverse=True)}")
         return self._steps[int(timestep)]
@@ -376,7 +382,7 @@ class CosineResidualScheduler(KeepsSource, SchedulerMixin, ConfigMixin):
 
         # 4. Noise (eq. 7), but not after the last step.
         if step.prev_timestep >= 0 and eta != 0:
-            white = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=work)
+            white = white_noise(sample.shape, generator=generator, device=sample.device, dtype=work)
             prev_sample = prev_sample + spread * white
 
         prev_sample, clean = prev_sample.to(dtype), clean.to(dtype)

@@ -9,10 +9,10 @@ import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.utils import BaseOutput, logging
-from diffusers.utils.torch_utils import randn_tensor
 
 from pyrdiff.parts.algorithm_1 import Algorithm1
 from pyrdiff.parts.batch import beside
+from pyrdiff.parts.noise import white_noise
 from pyrdiff.parts.settings import check_choices, check_positive, check_whole, is_whole
 from pyrdiff.parts.sources import KeepsSource
 from pyrdiff.parts.timesteps import chosen_timesteps
@@ -278,7 +278,7 @@ class PixelAwareScheduler(KeepsSource, Algorithm1, SchedulerMixin, ConfigMixin):
         samples, noises, motion, before = [], [], torch.zeros_like(original), 0.0
         for time in times:
             ramp = self._ramp(time, rate)
-            white = randn_tensor(original.shape, generator=generator, device=original.device, dtype=original.dtype)
+            white = white_noise(original.shape, generator=generator, device=original.device, dtype=original.dtype)
             increment = (rate * before).exp() * torch.expm1(rate * (ramp - before))
             motion = motion + increment.sqrt() * white
             noises.append(motion / torch.expm1(rate * ramp).sqrt())
@@ -370,7 +370,7 @@ class PixelAwareScheduler(KeepsSource, Algorithm1, SchedulerMixin, ConfigMixin):
     ) -> torch.Tensor:
         """x_T [B, C, H, W] of a structure, distributed as x_T of images of spread `residual_std` about it."""
         log = self.log_alpha_bar(self.rate(structure), len(self))
-        white = randn_tensor(structure.shape, generator=generator, device=structure.device, dtype=structure.dtype)
+        white = white_noise(structure.shape, generator=generator, device=structure.device, dtype=structure.dtype)
         spread = (log.exp() * self.config.residual_std**2 - torch.expm1(log)).sqrt()
         return (log / 2).exp() * structure + spread * white
 
@@ -444,7 +444,7 @@ class PixelAwareScheduler(KeepsSource, Algorithm1, SchedulerMixin, ConfigMixin):
             # 2. The share of that noise that stays, and the fresh noise.
             noise = (1 - eta**2 + (eta * self.rho(rate, timestep, prev)) ** 2).sqrt() * noise
             if eta > 0:
-                white = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=work)
+                white = white_noise(sample.shape, generator=generator, device=sample.device, dtype=work)
                 noise = noise + eta * self._fresh_power(rate, timestep, prev).sqrt() * white
 
             # 3. The clean estimate with this noise at k (eq. 3).

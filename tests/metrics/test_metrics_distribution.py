@@ -1,5 +1,8 @@
 """Distances of sets against closed forms and brute force; statistics in parts and in processes; intervals."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -8,6 +11,7 @@ import torch.multiprocessing as mp
 from pyrdiff.metrics import (
     FeatureStatistics,
     KernelReference,
+    SetComparison,
     bootstrap_interval,
     frechet_distance,
     kid,
@@ -168,6 +172,39 @@ def test_precision_and_recall_of_a_dropped_mode():
     assert recall.value == 0.5 and recall.per_image.tolist() == [1] * 100 + [0] * 100
 
 
+def test_intervals_of_shares_and_distances_end_where_the_figures_do():
+    real, fake = normal(40, 3), torch.cat((normal(1, 3, 1), 50 + 0.1 * normal(39, 3, 2)))
+    network = SimpleNamespace(name="toy", conventions={}, device="cpu")
+    distance, precision, recall = SetComparison(real, network).scores(fake, ["frechet_distance", "precision_recall"])
+    assert precision.result.value == 1 / 40 and precision.interval[0] == 0 < precision.interval[1] < 0.2
+    assert recall.result.value == recall.interval[1] == 1  # the one has a ball that reaches to the others
+    half = torch.cat((normal(20, 3, 1), 50 + normal(20, 3, 2)))
+    _, recall = SetComparison(real, network).scores(half, ["precision_recall"])
+    assert 0.7 < recall.interval[0] < recall.result.value == 0.875 < recall.interval[1] == 1
+    sure = SetComparison(real, network).scores(real[:30], ["precision_recall"])
+    assert [score.result.value for score in sure] == [1, pytest.approx(1, abs=0.1)]
+    assert sure[0].interval == (1, 1) and sure[1].interval[1] == 1
+    near = torch.cat((real, real))  # nothing apart, so that half of the spread lies below 0
+    assert SetComparison(real, network).scores(near, ["frechet_distance"])[0].interval[0] == 0
+
+
+def test_the_interval_of_recall_covers_that_of_other_generated_sets():
+    """Real images about two centres, of which a generated image shows the second one time in eight."""
+    real = torch.cat((normal(30, 2), normal(30, 2, 1) + 30))
+
+    def generated(seed: int) -> torch.Tensor:
+        rare = torch.rand(40, 1, generator=torch.Generator().manual_seed(seed)) < 1 / 8
+        return normal(40, 2, seed) + 30 * rare
+
+    recalls = torch.tensor([precision_recall(real, generated(seed))[1].value for seed in range(60)])
+    network = SimpleNamespace(name="toy", conventions={}, device="cpu")
+    comparison, held = SetComparison(real, network, resamples=60), 0
+    for seed in range(20):
+        _, score = comparison.scores(generated(seed), ["precision_recall"])
+        held += score.interval[0] <= recalls.mean() <= score.interval[1]
+    assert held >= 14
+
+
 @pytest.mark.parametrize("k", [1, 3])
 def test_precision_against_brute_force(k, monkeypatch):
     monkeypatch.setattr("pyrdiff.metrics.distribution.CHUNK", 7)
@@ -222,3 +259,25 @@ def test_bad_intervals():
             bootstrap_interval(lambda part: part.mean(), torch.zeros(4), **settings)
     with pytest.raises(ValueError, match="^sample of 1"):
         bootstrap_interval(lambda part: part.mean(), torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda rows: frechet_distance(rows, rows),
+        lambda rows: kid(normal(4, 2), rows),
+        lambda rows: precision_recall(rows, normal(4, 2)),
+        lambda rows: FeatureStatistics(2).update(rows),
+    ],
+)
+@pytest.mark.parametrize("rows", [np.zeros((4, 2)), [[0.0, 1.0]] * 4, None], ids=["numpy", "list", "None"])
+def test_what_is_no_tensor_is_refused(call, rows):
+    with pytest.raises(ValueError, match=f"={type(rows).__name__}: expected a float tensor"):
+        call(rows)
+
+
+def test_a_seed_is_no_generator():
+    with pytest.raises(ValueError, match="generator=5: expected a torch.Generator"):
+        bootstrap_interval(lambda part: part.mean(), torch.zeros(4), generator=5)
+    with pytest.raises(ValueError, match="generator=5: expected a torch.Generator"):
+        kid(normal(4, 2), normal(4, 2), subsets=2, subset_size=2, generator=5)

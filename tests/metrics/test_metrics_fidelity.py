@@ -122,3 +122,19 @@ def test_bad_settings():
         consistency(a, a.repeat(1, 1, 2, 1), data_range=UNIT)
     with pytest.raises(ValueError, match=r"^down=.*which gives \[1, 3, 16, 16\]: expected one that gives"):
         consistency(a, a[..., ::2, ::2], data_range=UNIT, down=torch.nn.Identity())
+
+
+def test_a_range_may_be_one_number_as_torchmetrics_takes_it():
+    a, b = noisy_pair((2, 3, 16, 16), (0, 255))
+    for metric in (psnr, ssim):
+        assert metric(a, b, data_range=255.0).value == metric(a, b, data_range=(0, 255)).value
+        assert metric(a, b, data_range=np.float32(255)).conventions["data_range"] == [0.0, 255.0]
+    for wrong in (0.0, -1, float("nan"), "one", (1.0,), None):
+        with pytest.raises(ValueError, match="data_range=.*expected a pair .*or a number"):
+            psnr(a, b, data_range=wrong)
+
+
+@pytest.mark.parametrize("images", [np.zeros((1, 3, 8, 8)), [0.0], None], ids=["numpy", "list", "None"])
+def test_what_is_no_tensor_is_refused(images):
+    with pytest.raises(ValueError, match=f"prediction={type(images).__name__}: expected a float tensor"):
+        psnr(images, torch.zeros(1, 3, 8, 8), data_range=UNIT)

@@ -81,7 +81,7 @@ def test_results_say_how(image_metric):
     "change, message",
     [
         (dict(data_range=(1, 0)), r"^data_range=\(1, 0\): expected a pair"),
-        (dict(data_range=1), "^data_range=1: expected a pair"),
+        (dict(data_range=0), "^data_range=0: expected a pair"),
         (dict(a=images(2) + 0.1), r"(prediction|output) has values in .*expected data_range=\(0, 1\)"),
         (dict(a=images(2) - 0.1), "(prediction|output) has values"),
         (dict(a=images(2) * math.nan), "(prediction|output) has values"),

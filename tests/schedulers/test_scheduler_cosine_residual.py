@@ -61,6 +61,14 @@ def test_ancestral_steps_are_those_of_ddpm(settings, variance_type, share):
         assert torch.allclose(found["pred_original_sample"], wanted["pred_original_sample"], atol=1e-6, rtol=1e-6)
 
 
+def test_steps_before_set_timesteps_are_those_of_ddpm():
+    theirs, ours = DDPMScheduler(**COSINE), CosineResidualScheduler()
+    for time in (499, 250, 1, 0):
+        found, wanted = (part.step(draw(), time, draw(seed=1), generator=seeded(1)) for part in (ours, theirs))
+        assert torch.allclose(found.prev_sample, wanted.prev_sample, atol=1e-6, rtol=1e-7)
+        assert ours.previous_timestep(time) == theirs.previous_timestep(time)
+
+
 @pytest.mark.parametrize(
     "prediction_type, steps", [("epsilon", 500), ("epsilon", 50), ("epsilon", 4), ("sample", 50), ("v_prediction", 50)]
 )
@@ -380,7 +388,7 @@ def test_bad_settings(name):
             "beta_start=0.5.*exp",
         ),
         (lambda s: CosineResidualScheduler(prediction_target="image", residual_scale=2.0), "residual_scale=2.0.*exp"),
-        (lambda s: CosineResidualScheduler().step(draw(), 3, draw()), "set_timesteps"),
+        (lambda s: CosineResidualScheduler().step(draw(), 500, draw()), "timestep=500.*expected one of"),
         (lambda s: s.step(draw(), 4, draw()), "timestep=4.*expected one of"),
         (lambda s: s.step(draw(), 0, draw(), eta=1.5), "eta=1.5.*expected"),
         (lambda s: s.step(draw(2, 6, 4, 4), 0, draw()), r"model_output has shape \(2, 6, 4, 4\).*fixed_small"),
@@ -394,6 +402,11 @@ def test_bad_settings(name):
         (lambda s: s.set_timesteps(timesteps=[500, 1]), r"timesteps=\[500, 1\].*499"),
         (lambda s: s.set_timesteps(timesteps=[]), r"timesteps=\[\].*descending"),
         (lambda s: s.noise_level(500), "timesteps=500.*499"),
+        (lambda s: s.add_noise(draw(), draw(), torch.tensor([3.7, 1.0])), r"timesteps=\[3.7.*whole"),
+        (lambda s: s.add_noise(draw(), draw(), torch.tensor([torch.nan, 1.0])), r"timesteps=\[nan.*whole"),
+        (lambda s: s.add_noise(draw(), draw(), noise_level=torch.tensor([2.0, 0.5])), r"noise_level=\[2.0.*\(0, 1\]"),
+        (lambda s: s.add_noise(draw(), draw(), noise_level=torch.nan), r"noise_level=nan.*\(0, 1\]"),
+        (lambda s: s.get_velocity(draw(), draw(), noise_level=-0.5), r"noise_level=-0.5.*\(0, 1\]"),
         (lambda s: s.add_noise(draw(), draw()), "expected one of the two"),
         (lambda s: s.residual(draw(), draw(2, 3, 2, 2)), r"upsampled has shape \(2, 3, 2, 2\).*high"),
         (lambda s: s.compose(draw(), draw(2, 3, 2, 2)), r"upsampled has shape.*residual"),

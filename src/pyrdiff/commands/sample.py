@@ -163,7 +163,7 @@ def load(settings: SampleSettings, arguments: dict) -> "DiffusionPipeline":
     import pyrdiff
 
     device = open_device(settings.device)
-    pipeline = pyrdiff.load(settings.model, revision=settings.revision, torch_dtype=getattr(torch, settings.dtype))
+    pipeline = pyrdiff.load(settings.model, revision=settings.revision, dtype=getattr(torch, settings.dtype))
     check_call(pipeline, arguments)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

@@ -84,11 +84,12 @@ def load(
     *,
     revision: str | None = None,
     pipeline_class: str | None = None,
-    torch_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
     variant: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
+    torch_dtype: torch.dtype | None = None,
 ) -> DiffusionPipeline:
     """
     Loads an exported pipeline with the classes of installed methods: code in the folder is neither fetched nor run, and
@@ -102,9 +103,10 @@ def load(
         revision: Branch, tag or commit of the repository.
         pipeline_class: Another pipeline than the folder's own, with the same network, e.g. "GuidedSRPipeline" for what
             was trained to generate.
-        torch_dtype: Of the weights; float32 by default.
+        dtype: Of the weights; float32 by default.
         variant: Of the weight files, such as "fp16".
         token, cache_dir, local_files_only: For the download.
+        torch_dtype: What `dtype` was called before.
 
     Returns:
         The pipeline.
@@ -119,6 +121,11 @@ def load(
         >>> type(pipeline).__name__
         'PyramidalPipeline'
     """
+    if dtype is not None and torch_dtype not in (None, dtype):
+        raise ValueError(f"dtype={dtype}, torch_dtype={torch_dtype}: expected one of the two")
+    dtype = torch_dtype if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype | None):
+        raise ValueError(f"dtype={dtype!r}: expected a dtype of torch, such as torch.float16")
     folder = local_folder(path_or_repo)
     repository = None
     if folder is None:
@@ -134,7 +141,7 @@ def load(
         raise ValueError(f"{asked}{folder / INDEX} of {saved.pipeline_class.__name__} has no {sorted(missing)}")
     if repository is not None:
         repository.fetch(repository.weights(saved.parameters()))
-    return build(saved, chosen, torch_dtype, variant)
+    return build(saved, chosen, dtype, variant)
 
 
 # The index and the configs.

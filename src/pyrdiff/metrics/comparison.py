@@ -1,5 +1,6 @@
 """Sets of generated images beside one set of real ones: every distance with the interval that it is known to."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -10,6 +11,7 @@ from .distribution import (
     FeatureStatistics,
     KernelReference,
     bootstrap_interval,
+    covered_by,
     frechet_distance,
     kid,
     precision_recall,
@@ -18,6 +20,8 @@ from .features import FeatureNetwork
 from .result import MetricResult
 
 SetMetric = Literal["frechet_distance", "kid", "precision_recall"]
+ANY, DISTANCE, SHARE = (-math.inf, math.inf), (0.0, math.inf), (0.0, 1.0)  # the least and the most of a figure
+BOUNDS = {"ssim": (-1.0, 1.0), "lpips": DISTANCE, "consistency": DISTANCE, "precision": SHARE}
 SET_METRICS: tuple[SetMetric, ...] = ("frechet_distance", "kid", "precision_recall")
 
 
@@ -57,7 +61,8 @@ class SetComparison:
         for name in metrics:
             if name == "frechet_distance":
                 result = frechet_distance(self.real, generated, features=self.network)
-                interval = interval_of(*distance_statistic(self._statistics, generated), self.resamples)
+                statistic, sample = distance_statistic(self._statistics, generated)
+                interval = interval_of(statistic, sample, self.resamples, DISTANCE)
                 scores.append(Score(result, interval, False))
             elif name == "kid":
                 result = kid(self.real, generated, features=self.network)
@@ -65,22 +70,36 @@ class SetComparison:
             else:
                 precision, recall = precision_recall(self.real, generated, features=self.network)
                 scores.append(score_of_mean(precision, self.resamples, True))
-                scores.append(Score(recall, None, True))  # its values are those of real images
+                interval = interval_of(*recall_statistic(self.real, generated), self.resamples, SHARE)
+                scores.append(Score(recall, interval, True))
         return scores
 
 
 def score_of_mean(result: MetricResult, resamples: int, higher_is_better: bool) -> Score:
     """The score of a metric of single images."""
-    return Score(result, interval_of(torch.mean, result.per_image, resamples), higher_is_better)
+    bounds = BOUNDS.get(result.name.partition("_")[0], ANY)
+    return Score(result, interval_of(torch.mean, result.per_image, resamples, bounds), higher_is_better)
 
 
 def interval_of(
-    statistic: Callable[[Tensor], float | Tensor], sample: Tensor, resamples: int
+    statistic: Callable[[Tensor], float | Tensor],
+    sample: Tensor,
+    resamples: int,
+    bounds: tuple[float, float] = ANY,
 ) -> tuple[float, float] | None:
     """`bootstrap_interval`; None for no resamples, fewer than two images, or values that are not finite."""
     if resamples == 0 or len(sample) < 2 or not sample.isfinite().all():
         return None
-    return bootstrap_interval(statistic, sample, resamples=resamples)
+    return bootstrap_interval(statistic, sample, resamples=resamples, bounds=bounds)
+
+
+def recall_statistic(real: Tensor, generated: Tensor, k: int = 3) -> tuple[Callable[[Tensor], float | Tensor], Tensor]:
+    """
+    Recall as (statistic, sample) for a bootstrap over the generated images: of a resample, the share of real images in
+    its balls, whose radii stay those of the whole set. Images that are drawn twice would otherwise have a radius of 0.
+    """
+    covered = torch.cat([inside.cpu() for inside in covered_by(generated.double(), real.double(), k)])
+    return lambda balls: balls.any(0).double().mean(), covered.T.contiguous()  # a row for each generated image
 
 
 def distance_statistic(

@@ -1,14 +1,17 @@
 """How far a set of generated images is from a set of real ones, in the features of a network."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pyrdiff.parts.checks import check_generators
+
 from .features import FeatureNetwork
-from .result import MetricResult, check_range
+from .result import DataRange, MetricResult, check_range, check_tensor
 
 CHUNK = 1024  # rows of a matrix of distances or kernels that are held at a time
 NAMES = {"inception": "FID", "dinov2": "FD-DINOv2"}  # what literature calls the distance with these networks
@@ -32,6 +35,7 @@ class FeatureStatistics:
 
     def update(self, features: Tensor) -> "FeatureStatistics":
         """Add features [B, D]; ValueError for another shape or values that are not finite."""
+        check_tensor("features", features)
         if features.ndim != 2 or features.shape[1] != len(self.mean) or not features.isfinite().all():
             raise ValueError(f"features={features.dtype} {list(features.shape)}: expected finite [B, {len(self.mean)}]")
         if len(features):
@@ -104,7 +108,7 @@ def frechet_distance(
     generated: Tensor,
     *,
     features: FeatureNetwork | None = None,
-    data_range: tuple[float, float] | None = None,
+    data_range: DataRange | None = None,
 ) -> MetricResult:
     """The Fréchet distance of two sets' features, each taken as a Gaussian (Heusel et al. 2017, eq. 6); 0 is perfect.
 
@@ -131,7 +135,7 @@ def kid(
     generated: Tensor,
     *,
     features: FeatureNetwork | None = None,
-    data_range: tuple[float, float] | None = None,
+    data_range: DataRange | None = None,
     subsets: int | None = None,
     subset_size: int = 1000,
     generator: torch.Generator | None = None,
@@ -159,6 +163,7 @@ def kid(
         most = min(len(real), len(generated))
         if subsets < 1 or not 2 <= subset_size <= most:
             raise ValueError(f"subsets={subsets}, subset_size={subset_size}: expected 1 or more, and 2..{most}")
+        check_generators(generator)
         if generator is None:
             raise ValueError("generator=None with subsets: expected a torch.Generator")
         chosen = [
@@ -194,7 +199,7 @@ def precision_recall(
     generated: Tensor,
     *,
     features: FeatureNetwork | None = None,
-    data_range: tuple[float, float] | None = None,
+    data_range: DataRange | None = None,
     k: int = 3,
 ) -> tuple[MetricResult, MetricResult]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1 and 2), each in [0, 1]; 1 is perfect.
@@ -215,18 +220,33 @@ def precision_recall(
     if not 1 <= k <= most:
         raise ValueError(f"k={k} for {len(real)} real and {len(generated)} generated: expected 1..{most}")
     conventions["k"] = k
-    centre = real.mean(0)  # distances are exact to rounding about the origin
-    real, generated = real - centre, generated - centre
-    slack = 1e-12 * max(real.square().sum(1).max(), generated.square().sum(1).max())
     results = []
     for name, manifold, points in (("precision", real, generated), ("recall", generated, real)):
-        radius = torch.cat(
-            [distances.kthvalue(k + 1, dim=1).values for distances in _square_distances(manifold, manifold)]
-        )  # the nearest is the point itself
-        inside = [(distances <= radius + slack).any(1) for distances in _square_distances(points, manifold)]
-        inside = torch.cat(inside).double().cpu()
+        inside = torch.cat([covered.any(1) for covered in covered_by(manifold, points, k)]).double().cpu()
         results.append(MetricResult(name, inside.mean().item(), inside, dict(conventions)))
     return results[0], results[1]
+
+
+def covered_by(manifold: Tensor, points: Tensor, k: int) -> Iterator[Tensor]:
+    """
+    Which points lie in which balls of a manifold (see `precision_recall`), in chunks.
+
+    Args:
+        manifold: Float64 features [N, D], more than `k`.
+        points: Float64 features [M, D].
+        k: Which neighbour gives the radius.
+
+    Yields:
+        Bool [at most CHUNK, N]: whether these points lie in ball j.
+    """
+    centre = manifold.mean(0)  # distances are exact to rounding about the origin
+    manifold, points = manifold - centre, points - centre
+    slack = 1e-12 * max(manifold.square().sum(1).max(), points.square().sum(1).max())
+    radius = torch.cat(
+        [distances.kthvalue(k + 1, dim=1).values for distances in _square_distances(manifold, manifold)]
+    )  # the nearest is the point itself
+    for distances in _square_distances(points, manifold):
+        yield distances <= radius + slack
 
 
 def bootstrap_interval(
@@ -237,6 +257,7 @@ def bootstrap_interval(
     level: float = 0.95,
     target: Literal["count", "limit"] = "count",
     generator: torch.Generator | None = None,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
 ) -> tuple[float, float]:
     """An interval for a quality figure by resampling the generated images with replacement (Efron 1979).
 
@@ -259,6 +280,7 @@ def bootstrap_interval(
         level: Of the interval, in (0, 1).
         target: See above.
         generator: A CPU generator; seeded with 0 when None, so that the interval belongs to the sample.
+        bounds: (least, most) that the figure can be, such as (0, 1) for a share; the interval ends there.
 
     Returns:
         (low, high).
@@ -272,6 +294,7 @@ def bootstrap_interval(
         raise ValueError(f"resamples={resamples}, level={level}: expected two or more, and a number in (0, 1)")
     if target not in ("count", "limit"):
         raise ValueError(f"target={target!r}: expected 'count' or 'limit'")
+    check_generators(generator)
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     figure = float(statistic(sample))
     values = torch.empty(resamples, dtype=torch.float64)
@@ -280,14 +303,17 @@ def bootstrap_interval(
         values[index] = float(statistic(sample[chosen.to(sample.device)]))
     centre = figure if target == "limit" else values.mean().item()
     low, high = (values.quantile(share).item() for share in ((1 - level) / 2, (1 + level) / 2))
-    return figure - (high - centre), figure + (centre - low)
+    least, most = bounds
+    return max(figure - (high - centre), least), min(figure + (centre - low), most)
 
 
 def _features_of(
-    real: Tensor, generated: Tensor, network: FeatureNetwork | None, data_range: tuple[float, float] | None
+    real: Tensor, generated: Tensor, network: FeatureNetwork | None, data_range: DataRange | None
 ) -> tuple[Tensor, Tensor, dict, str]:
     """Float64 features [N, D] and [M, D], the conventions so far, and the network's name."""
     conventions, label = {}, "features"
+    check_tensor("real", real)
+    check_tensor("generated", generated)
     images = any(given.ndim == 4 for given in (real, generated))
     if (data_range is not None) != images or (images and network is None):
         raise ValueError(

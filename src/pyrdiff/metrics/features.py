@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pyrdiff.data import replacing
 
-from .result import check_images, check_range, to_unit
+from .result import DataRange, check_images, check_range, to_unit
 from .trunks import NETWORKS, SMALLEST, imagenet_normal, inception, open_trunk, sha256_of
 
 NAMES = ("squeezenet", "alexnet", "inception", "dinov2", "classifier")
@@ -36,7 +36,7 @@ class FeatureNetwork(Protocol):
     channels: int
     conventions: dict
 
-    def __call__(self, images: Tensor, *, data_range: tuple[float, float]) -> Tensor: ...
+    def __call__(self, images: Tensor, *, data_range: DataRange) -> Tensor: ...
 
 
 class ImageFeatures:
@@ -71,7 +71,7 @@ class ImageFeatures:
         self.smallest = smallest
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, *, data_range: tuple[float, float]) -> Tensor:
+    def __call__(self, images: Tensor, *, data_range: DataRange) -> Tensor:
         """Features [B, D] of float images [B, C, H, W] with values in `data_range`; ValueError for anything else."""
         check_images("images", images, data_range)
         if images.shape[1] > self.channels:
@@ -215,7 +215,7 @@ class Classifier(ImageFeatures):
         super().__init__("classifier", record["channels"], conventions, self._hidden, device, batch_size, smallest=4)
 
     @torch.no_grad()
-    def predict(self, images: Tensor, *, data_range: tuple[float, float]) -> Tensor:
+    def predict(self, images: Tensor, *, data_range: DataRange) -> Tensor:
         """The class of each image [B, C, H, W], int64 [B]."""
         return self.layers[-1](self(images, data_range=data_range).to(self.device)).argmax(1).to(images.device)
 
@@ -251,7 +251,7 @@ def train_classifier(
     images: Tensor,
     labels: Tensor,
     *,
-    data_range: tuple[float, float] | None = None,
+    data_range: DataRange | None = None,
     epochs: int = 1,
     batch_size: int = 128,
     learning_rate: float = 3e-3,

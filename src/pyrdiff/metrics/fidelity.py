@@ -7,16 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .result import MetricResult, check_images, check_pair, check_range, mean_of, to_unit
+from .result import DataRange, MetricResult, check_images, check_pair, check_range, mean_of, to_unit
 
-Range, Channels = tuple[float, float], Literal["rgb", "y"]
+Channels = Literal["rgb", "y"]
 SSIM_SIGMA, SSIM_WINDOW, SSIM_K1, SSIM_K2 = 1.5, 11, 0.01, 0.03  # Wang et al. 2004, section III-B
 BT601 = (65.481, 128.553, 24.966)  # of R, G, B in [0, 1]; with the offset of 16, Y is in 16..235 of 255
 CONSISTENCY_UNIT = 1e-5
 
 
 def psnr(
-    prediction: Tensor, target: Tensor, *, data_range: Range, channels: Channels = "rgb", crop_border: int = 0
+    prediction: Tensor, target: Tensor, *, data_range: DataRange, channels: Channels = "rgb", crop_border: int = 0
 ) -> MetricResult:
     """Peak signal-to-noise ratio in dB, -10 log10 of the mean square error in units of the range; the mean over images.
 
@@ -25,7 +25,7 @@ def psnr(
     Args:
         prediction: float [B, C, H, W], C 1 or 3, values in `data_range`.
         target: The same.
-        data_range: (low, high), what black and white are.
+        data_range: (low, high), what black and white are; a number is (0, number).
         channels: "rgb" takes all channels as they are; "y" takes BT.601 luma in the studio range 16..235 of 255, not
             rounded, with 255 as the peak: MATLAB's `rgb2ycbcr`, as in the super-resolution literature.
         crop_border: So many pixels are left out at each side; there, the scale factor is usual.
@@ -45,7 +45,7 @@ def psnr(
 
 
 def ssim(
-    prediction: Tensor, target: Tensor, *, data_range: Range, channels: Channels = "rgb", crop_border: int = 0
+    prediction: Tensor, target: Tensor, *, data_range: DataRange, channels: Channels = "rgb", crop_border: int = 0
 ) -> MetricResult:
     """Structural similarity (Wang et al. 2004) with an 11×11 Gaussian window, sigma 1.5; the mean over images.
 
@@ -84,7 +84,7 @@ def consistency(
     output: Tensor,
     low_res: Tensor,
     *,
-    data_range: tuple[float, float],
+    data_range: DataRange,
     down: Callable[[Tensor], Tensor] | None = None,
 ) -> MetricResult:
     """How well a super-resolved image keeps to its input: SR3's measure (Saharia et al. 2021, table 2).
@@ -133,7 +133,7 @@ def luma(images: Tensor) -> Tensor:
 
 
 def _prepare(
-    prediction: Tensor, target: Tensor, data_range: tuple[float, float], channels: str, crop: int, smallest: int
+    prediction: Tensor, target: Tensor, data_range: DataRange, channels: str, crop: int, smallest: int
 ) -> tuple[Tensor, Tensor, dict]:
     """Both as float64 [B, C, h, w] in [0, 1], cropped, with the channels to compare; and the conventions."""
     check_pair(prediction, target, data_range)

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .result import MetricResult, check_pair, check_range, mean_of, to_unit
+from .result import DataRange, MetricResult, check_pair, check_range, mean_of, to_unit
 from .trunks import NETWORKS, SMALLEST, lpips_heads, open_trunk
 
 TRUNKS = {"alex": "alexnet", "squeeze": "squeezenet", "vgg": "vgg16"}
@@ -18,7 +18,7 @@ def lpips(
     prediction: Tensor,
     target: Tensor,
     *,
-    data_range: tuple[float, float],
+    data_range: DataRange,
     network: Literal["alex", "squeeze", "vgg"] = "alex",
     weights: str | os.PathLike | None = None,
     batch_size: int = 16,
@@ -31,7 +31,7 @@ def lpips(
     Args:
         prediction: float [B, C, H, W], values in `data_range`; one channel is repeated to three. On any device.
         target: The same.
-        data_range: (low, high), what black and white are.
+        data_range: (low, high), what black and white are; a number is (0, number).
         network: "alex" for comparisons with most papers, "squeeze" is the smallest, "vgg" was made for losses.
         weights: File with the network's weights in torchvision's layout (see `open_trunk`), or None for the published
             file, downloaded once.

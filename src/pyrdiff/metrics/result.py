@@ -1,11 +1,14 @@
 """What a metric returns, and the checks and conversions that all image metrics share."""
 
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+DataRange = tuple[float, float] | float
 
 SLACK = 1e-6  # of the range: what float32 arithmetic may leave outside it
 
@@ -52,22 +55,34 @@ def combine(results: Sequence[MetricResult]) -> MetricResult:
     return mean_of(first.name, torch.cat([result.per_image for result in results]), kept[0])
 
 
-def check_range(data_range: tuple[float, float]) -> tuple[float, float]:
-    """`data_range` as two floats; ValueError unless it is a finite pair (low, high) with low < high."""
+def check_range(data_range: DataRange) -> tuple[float, float]:
+    """
+    `data_range` as the two floats (low, high); of one number it is (0, that number), as torchmetrics has it.
+
+    Raises:
+        ValueError: unless it is finite, with low < high.
+    """
     try:
-        low, high = (float(value) for value in data_range)
+        low, high = (0.0, float(data_range)) if isinstance(data_range, numbers.Real) else map(float, data_range)
     except (TypeError, ValueError):
         low = high = math.nan
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(f"data_range={data_range!r}: expected a pair (low, high) such as (0, 1) or (-1, 1)")
+        raise ValueError(
+            f"data_range={data_range!r}: expected a pair (low, high) such as (0, 1) or (-1, 1), or a number for (0, it)"
+        )
     return low, high
 
 
-def check_images(argument: str, images: Tensor, data_range: tuple[float, float]) -> None:
+def check_tensor(argument: str, values: object) -> None:
+    """Raise ValueError unless it is a tensor."""
+    if not isinstance(values, Tensor):
+        raise ValueError(f"{argument}={type(values).__name__}: expected a float tensor (torch.from_numpy makes one)")
+
+
+def check_images(argument: str, images: Tensor, data_range: DataRange) -> None:
     """Raise ValueError unless `images` is a float [B, C, H, W], C 1 or 3, not empty, with values in `data_range`."""
     low, high = check_range(data_range)
-    if not isinstance(images, Tensor):
-        raise ValueError(f"{argument}={type(images).__name__}: expected a float tensor [B, C, H, W]")
+    check_tensor(argument, images)
     if images.ndim != 4 or not images.is_floating_point() or images.numel() == 0 or images.shape[1] not in (1, 3):
         raise ValueError(
             f"{argument}={images.dtype} {list(images.shape)}: expected a non-empty float [B, C, H, W], C 1 or 3"
@@ -81,7 +96,7 @@ def check_images(argument: str, images: Tensor, data_range: tuple[float, float])
         )
 
 
-def check_pair(prediction: Tensor, target: Tensor, data_range: tuple[float, float]) -> None:
+def check_pair(prediction: Tensor, target: Tensor, data_range: DataRange) -> None:
     """Raise ValueError unless both are images in `data_range` (see `check_images`) of one shape."""
     check_images("prediction", prediction, data_range)
     check_images("target", target, data_range)
@@ -89,7 +104,7 @@ def check_pair(prediction: Tensor, target: Tensor, data_range: tuple[float, floa
         raise ValueError(f"prediction={list(prediction.shape)}, target={list(target.shape)}: expected equal shapes")
 
 
-def to_unit(images: Tensor, data_range: tuple[float, float], dtype: torch.dtype = torch.float64) -> Tensor:
+def to_unit(images: Tensor, data_range: DataRange, dtype: torch.dtype = torch.float64) -> Tensor:
     """Images from `data_range` to [0, 1]."""
     low, high = check_range(data_range)
     return (images.to(dtype) - low) / (high - low)

@@ -13,10 +13,11 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from diffusers.models.resnet import Downsample2D, ResnetBlock2D, Upsample2D
 from diffusers.utils import BaseOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
-from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
 from pyrdiff.parts.batch import one_for_each
+from pyrdiff.parts.checks import check_generators
+from pyrdiff.parts.noise import white_noise
 from pyrdiff.parts.presets import Presets
 from pyrdiff.parts.settings import check_choices, check_whole, is_whole
 from pyrdiff.parts.sources import KeepsSource
@@ -354,7 +355,7 @@ class ScaleAutoencoder(KeepsSource, Presets, ModelMixin, ConfigMixin):
             )
         if isinstance(generator, (list, tuple)):
             generator = self._check_generators(generator, len(mean))
-        noise = randn_tensor(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+        noise = white_noise(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
         return mean + torch.exp(log_variance / 2) * noise
 
     @staticmethod
@@ -445,6 +446,7 @@ class ScaleAutoencoder(KeepsSource, Presets, ModelMixin, ConfigMixin):
 
     def _draw(self, count: int, generator: torch.Generator | None, mixture: tuple | None) -> torch.Tensor:
         """`count` rows of the prior by one generator: first the components, then the normal numbers."""
+        check_generators(generator)
         device = self.device if generator is None else generator.device
         choice = torch.rand(count, generator=generator, device=device)
         latents = torch.randn(count, self.config.latent_dim, generator=generator, device=device).to(self.device)
@@ -479,6 +481,7 @@ class ScaleAutoencoder(KeepsSource, Presets, ModelMixin, ConfigMixin):
 
     @staticmethod
     def _check_generators(generators: list | tuple, count: int) -> list[torch.Generator]:
+        check_generators(list(generators))
         if len(generators) != count:
             raise ValueError(f"generator has length {len(generators)}: expected one for each of {count} rows")
         return list(generators)

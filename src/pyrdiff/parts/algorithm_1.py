@@ -3,7 +3,8 @@
 from typing import Literal, NamedTuple
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
+
+from pyrdiff.parts.noise import white_noise
 
 
 class PaperStep(NamedTuple):
@@ -68,7 +69,7 @@ class Algorithm1:
         step = self._paper_step(self._rate_of(structure, sample), timestep)
         prev_sample = (sample - step.factor(reading) * noise) / step.alpha.sqrt()
         if eta > 0 and timestep > 1:
-            white = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+            white = white_noise(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
             prev_sample = prev_sample + eta * step.variance.sqrt() * white
         return prev_sample
 
@@ -107,7 +108,7 @@ class Algorithm1:
             total += step.factor(reading) / step.alpha_bar.sqrt() * noise
         image = sample * (rate * self._ramp(len(noises), rate) / 2).exp() - total
         if eta > 0 and len(noises) > 1:
-            white = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
+            white = white_noise(sample.shape, generator=generator, device=sample.device, dtype=sample.dtype)
             image = image + eta * self.fresh_variance(rate, len(noises)).sqrt() * white
         return image
 

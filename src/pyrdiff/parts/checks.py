@@ -46,11 +46,20 @@ def check_size(name: str, size: Size) -> tuple[int, int]:
     return pair
 
 
+def check_generators(generator: Generators) -> None:
+    """One generator, a list of them, or none."""
+    generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    for one in generators:
+        if not isinstance(one, torch.Generator):
+            raise ValueError(
+                f"generator={one!r}: expected a torch.Generator or a list of them, such as "
+                "torch.Generator().manual_seed(5)"
+            )
+
+
 def check_generator(generator: Generators, batch_size: int) -> None:
     """One generator, or as many as there are images."""
-    generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
-    if not all(isinstance(one, torch.Generator) for one in generators):
-        raise ValueError(f"generator of type {type(generator).__name__}: expected a torch.Generator or a list of them")
+    check_generators(generator)
     if isinstance(generator, list) and len(generator) != batch_size:
         raise ValueError(f"generator has {len(generator)} entries: expected one, or one for each of {batch_size}")
 

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 
 from pyrdiff.parts.checks import Generators
+from pyrdiff.parts.noise import white_noise
 
 
 def check_colors(colors: Mapping | None, channels: int) -> None:
@@ -48,7 +48,7 @@ def draw_colors(
     covariance = torch.tensor(colors["covariance"], dtype=torch.float64)
     values, vectors = torch.linalg.eigh(covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # symmetric, so that it does not depend on signs
-    normal = randn_tensor((shape[0], shape[1], 1, 1), generator=generator, device=device)
+    normal = white_noise((shape[0], shape[1], 1, 1), generator=generator, device=device)
     drawn = (
         torch.einsum("cd,bdhw->bchw", root.to(normal), normal) + torch.tensor(colors["mean"]).to(normal)[:, None, None]
     )

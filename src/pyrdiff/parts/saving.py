@@ -32,8 +32,10 @@ class StandaloneSaving(KeepsSource):
         `DiffusionPipeline`.
 
         Raises:
-            ValueError: if a class is of a script or an interactive session; nothing was written then.
+            ValueError: if a class is of a script or an interactive session, or a network is inside adapters or what
+                distributes it; nothing was written then.
         """
+        check_bare(self.components)
         classes = self._classes_with_code(self.components)
         texts = {name: standalone_text(cls) for name, cls in classes.items()}  # raises before anything is written
         names = ("repo_id", "commit_message", "private", "token", "create_pr")
@@ -90,6 +92,17 @@ class StandaloneSaving(KeepsSource):
                 if module is not None:
                     index[name] = value[1] if name == "_class_name" else [module, value[1]]
         return config
+
+
+def check_bare(components: dict[str, object]) -> None:
+    """Refuses networks with anything around them but what compiles: it would be saved in their place."""
+    for name, component in components.items():
+        inside = getattr(component, "_orig_mod", component)
+        if isinstance(inside, torch.nn.Module) and inside is not plain(inside):
+            raise ValueError(
+                f"{name}={type(inside).__name__}: expected the {type(plain(inside)).__name__} inside, to save it; with "
+                "adapters of PEFT, `merge_and_unload()` gives it with them"
+            )
 
 
 def index_entries(pipeline_class: type, classes: dict[str, type]) -> dict[str, object]:

@@ -80,7 +80,7 @@ def lay_out_steps(
     Raises:
         ValueError: for steps that the scheduler cannot make.
     """
-    scheduler = copy.deepcopy(scheduler)
+    scheduler = plainly_clipping(copy.deepcopy(scheduler))
     train_steps = scheduler.config.num_train_timesteps
     steps = (calls + 1) // 2 if scheduler.order == 2 else calls
     if isinstance(spacing, str) and steps > strength * train_steps:
@@ -96,6 +96,23 @@ def lay_out_steps(
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
     return LevelSteps(scheduler, scheduler.timesteps[begin:])
+
+
+def plainly_clipping(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """
+    The scheduler, told how to clip its clean estimate to [-1, 1] if it has `thresholding` with `sample_max_value=1`.
+
+    Diffusers looks for a quantile and clamps it between 1 and `sample_max_value`. Where both are 1 the result is the
+    same to the last bit without sorting all values of an image, which at 256x256 takes ten times as long as the rest.
+    """
+    if scheduler.config.get("thresholding") and scheduler.config.get("sample_max_value") == 1:
+        scheduler._threshold_sample = clipped_to_one
+    return scheduler
+
+
+def clipped_to_one(sample: torch.Tensor) -> torch.Tensor:
+    """A clean estimate of any shape, kept in [-1, 1]."""
+    return sample.clamp(-1, 1)
 
 
 def _respace(scheduler: SchedulerMixin, steps: int, strength: float) -> int:

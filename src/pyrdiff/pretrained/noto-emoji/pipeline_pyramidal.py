@@ -9,6 +9,7 @@ import importlib
 import inspect
 import json
 import math
+import numbers
 import numpy as np
 import os
 import re
@@ -37,8 +38,8 @@ def check_choices(settings: Mapping, choices: Mapping[str, Sequence]) -> None:
 
 
 def is_whole(value: object) -> bool:
-    """True for a whole number; a bool is none."""
-    return isinstance(value, int) and not isinstance(value, bool)
+    """True for a whole number, also one of numpy; a bool is none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def check_whole(settings: Mapping, *names: str, optional: bool = False) -> None:
@@ -64,8 +65,8 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
 def is_number(value) -> bool:
-    """Whether it is a finite int or float; a bool is not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a finite real number, also one of numpy; a bool is not."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def is_count(value) -> bool:
@@ -96,11 +97,20 @@ def check_size(name: str, size: Size) -> tuple[int, int]:
     return pair
 
 
+def check_generators(generator: Generators) -> None:
+    """One generator, a list of them, or none."""
+    generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
+    for one in generators:
+        if not isinstance(one, torch.Generator):
+            raise ValueError(
+                f"generator={one!r}: expected a torch.Generator or a list of them, such as "
+                "torch.Generator().manual_seed(5)"
+            )
+
+
 def check_generator(generator: Generators, batch_size: int) -> None:
     """One generator, or as many as there are images."""
-    generators = generator if isinstance(generator, list) else [] if generator is None else [generator]
-    if not all(isinstance(one, torch.Generator) for one in generators):
-        raise ValueError(f"generator of type {type(generator).__name__}: expected a torch.Generator or a list of them")
+    check_generators(generator)
     if isinstance(generator, list) and len(generator) != batch_size:
         raise ValueError(f"generator has {len(generator)} entries: expected one, or one for each of {batch_size}")
 
@@ -118,6 +128,23 @@ def check_scheduler(name: str, scheduler) -> None:
             "as DDPMScheduler, DDIMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler or "
             "HeunDiscreteScheduler"
         )
+
+
+# pyrdiff.parts.noise: White noise by one generator, or by one an image.
+
+def white_noise(
+    shape: tuple[int, ...], generator: Generators, device: torch.device, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """
+    Standard normal numbers [B, ...], drawn on the generator's device.
+
+    Raises:
+        ValueError: for generators that are none, or another number than one, or one for each of B.
+    """
+    check_generators(generator)
+    if isinstance(generator, list) and len(generator) not in (1, shape[0]):
+        raise ValueError(f"generator has {len(generator)} entries: expected one, or one for each of {shape[0]}")
+    return randn_tensor(tuple(shape), generator=generator, device=device, dtype=dtype)
 
 
 # pyrdiff.parts.colors: Images of one colour, spread as the colours of a data set are: all that can be told of an image in much noise.
@@ -162,7 +189,7 @@ def draw_colors(
     covariance = torch.tensor(colors["covariance"], dtype=torch.float64)
     values, vectors = torch.linalg.eigh(covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # symmetric, so that it does not depend on signs
-    normal = randn_tensor((shape[0], shape[1], 1, 1), generator=generator, device=device)
+    normal = white_noise((shape[0], shape[1], 1, 1), generator=generator, device=device)
     drawn = (
         torch.einsum("cd,bdhw->bchw", root.to(normal), normal) + torch.tensor(colors["mean"]).to(normal)[:, None, None]
     )
@@ -404,12 +431,24 @@ class KeepsSource:
         package, stem = cls.__module__.split(".")[0], cls.__module__.rpartition(".")[2]
         MODULES[package, stem, cls.__name__] = cls.__module__
 
+    def register_to_config(self, **settings) -> None:
+        """As stock, with numbers of numpy as those of Python, which a config is saved with."""
+        super().register_to_config(**{name: _without_numpy(value) for name, value in settings.items()})
+
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
         """As stock; `auto_map` in a saved config is for diffusers' `AutoModel` and says nothing to the class."""
         passed_over = ("auto_map", *cls.RETIRED)
         config_dict = {name: value for name, value in config_dict.items() if name not in passed_over}
         return super().extract_init_dict(config_dict, **kwargs)
+
+
+def _without_numpy(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _without_numpy(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_without_numpy, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def keep_source(cls: type) -> None:
@@ -472,107 +511,6 @@ def standalone_text(cls: type) -> str:
 def auto_map(cls: type) -> dict[str, str]:
     """What diffusers' `AutoModel` reads in a network's config to find its class in the folder."""
     return {"AutoModel": f"{source_of(cls).stem}.{cls.__name__}"}
-
-
-# pyrdiff.parts.saving: Saving a pipeline together with its code, so that diffusers alone can load it.
-
-class StandaloneSaving(KeepsSource):
-    """
-    Put in front of `DiffusionPipeline`: saved folders carry the code of the pipeline and of its components, and
-    `from_pretrained` of an installed class needs none of it.
-    """
-
-    def register_modules(self, **components):
-        """As stock; also reads the code of components that keep none themselves, before its file is replaced."""
-        super().register_modules(**components)
-        for cls in self._classes_with_code(components).values():
-            keep_source(cls)
-
-    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
-        """
-        Saves a folder that `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` loads wherever diffusers
-        is installed. It is the stock folder, with a source file for this class and for each component that is not part
-        of diffusers, and with an index and configs that name these files. The arguments are those of
-        `DiffusionPipeline`.
-
-        Raises:
-            ValueError: if a class is of a script or an interactive session; nothing was written then.
-        """
-        classes = self._classes_with_code(self.components)
-        texts = {name: standalone_text(cls) for name, cls in classes.items()}  # raises before anything is written
-        names = ("repo_id", "commit_message", "private", "token", "create_pr")
-        hub_arguments = {name: kwargs.pop(name) for name in names if name in kwargs}
-        super().save_pretrained(save_directory, **kwargs)
-        folder = Path(save_directory)
-        for name, cls in classes.items():
-            (folder / name / f"{source_of(cls).stem}.py").write_text(texts[name], encoding="utf-8", newline="\n")
-        self._name_code(folder, classes)
-        if push_to_hub:
-            private, token = hub_arguments.pop("private", None), hub_arguments.get("token")
-            repo_id = hub_arguments.pop("repo_id", folder.name)
-            repo_id = create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
-            self._upload_folder(folder, repo_id, **hub_arguments)
-
-    def _classes_with_code(self, components: dict[str, object]) -> dict[str, type]:
-        """The classes that are not of diffusers by the folder that they are saved in, "" for the pipeline's own."""
-        classes = {"": type(self)}
-        for name, component in components.items():
-            if component is not None:
-                classes[name] = type(getattr(component, "_orig_mod", component))  # of a compiled network, the network
-        stock = ("diffusers", "transformers")
-        return {name: cls for name, cls in classes.items() if cls.__module__.split(".")[0] not in stock}
-
-    def _name_code(self, folder: Path, classes: dict[str, type]) -> None:
-        """Writes the names of the source files to index and configs, and takes out where the pipeline came from."""
-        for path in [folder / self.config_name, *folder.glob("*/*config.json")]:
-            config = json.loads(path.read_text(encoding="utf-8"))
-            config = {key: value for key, value in config.items() if key not in ("_name_or_path", "_module")}
-            if path.name == self.config_name:
-                config |= index_entries(type(self), classes)
-            elif issubclass(classes.get(path.parent.name, object), torch.nn.Module):
-                config["auto_map"] = auto_map(classes[path.parent.name])
-            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load_config(cls, *args, **kwargs):
-        """
-        As stock, but an index that names source files of the folder (see `save_pretrained`) is read as naming the
-        installed classes of the same names. `from_pretrained` of this class then runs no code from the folder and needs
-        no trust flag. Of a folder of another pipeline, only what this one takes is read.
-        """
-        config = super().load_config(*args, **kwargs)
-        index = config[0] if isinstance(config, tuple) else config
-        stem = cls.__module__.rpartition(".")[2]
-        if index.get("_class_name") not in (cls.__name__, [stem, cls.__name__]):
-            takes = inspect.signature(cls.__init__).parameters
-            for name in [name for name in index if name not in takes and not name.startswith("_")]:
-                del index[name]
-        for name, value in index.items():
-            if isinstance(value, (list, tuple)) and [type(item) for item in value] == [str, str]:
-                here, pyrdiff = cls.__module__.split(".")[0], "pyrdiff"
-                module = MODULES.get((here, *value)) or MODULES.get((pyrdiff, *value))
-                if module is not None:
-                    index[name] = value[1] if name == "_class_name" else [module, value[1]]
-        return config
-
-
-def index_entries(pipeline_class: type, classes: dict[str, type]) -> dict[str, object]:
-    """
-    What the index of a folder says of the code in it.
-
-    Args:
-        pipeline_class: The pipeline's class.
-        classes: The classes that have code in the folder, by component; "" for the pipeline.
-
-    Returns:
-        [file, class] of each, and the `auto_map` of the first network: diffusers' `AutoModel` reads that of the index,
-        whatever subfolder it is asked for. Other networks it loads from their own folder, by the `auto_map` there.
-    """
-    entries = {name or "_class_name": [source_of(cls).stem, cls.__name__] for name, cls in classes.items()}
-    for name in inspect.signature(pipeline_class.__init__).parameters:
-        if issubclass(classes.get(name, object), torch.nn.Module):
-            return {**entries, "auto_map": auto_map(classes[name])}
-    return entries
 
 
 # pyrdiff.parts.steps: The steps of one level: a scheduler, respaced to run only the last part of its noise process.
@@ -645,7 +583,7 @@ def lay_out_steps(
     Raises:
         ValueError: for steps that the scheduler cannot make.
     """
-    scheduler = copy.deepcopy(scheduler)
+    scheduler = plainly_clipping(copy.deepcopy(scheduler))
     train_steps = scheduler.config.num_train_timesteps
     steps = (calls + 1) // 2 if scheduler.order == 2 else calls
     if isinstance(spacing, str) and steps > strength * train_steps:
@@ -661,6 +599,23 @@ def lay_out_steps(
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
     return LevelSteps(scheduler, scheduler.timesteps[begin:])
+
+
+def plainly_clipping(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """
+    The scheduler, told how to clip its clean estimate to [-1, 1] if it has `thresholding` with `sample_max_value=1`.
+
+    Diffusers looks for a quantile and clamps it between 1 and `sample_max_value`. Where both are 1 the result is the
+    same to the last bit without sorting all values of an image, which at 256x256 takes ten times as long as the rest.
+    """
+    if scheduler.config.get("thresholding") and scheduler.config.get("sample_max_value") == 1:
+        scheduler._threshold_sample = clipped_to_one
+    return scheduler
+
+
+def clipped_to_one(sample: torch.Tensor) -> torch.Tensor:
+    """A clean estimate of any shape, kept in [-1, 1]."""
+    return sample.clamp(-1, 1)
 
 
 def _respace(scheduler: SchedulerMixin, steps: int, strength: float) -> int:
@@ -727,15 +682,139 @@ def check_start_above_zero(steps: LevelSteps, name: str, calls: int) -> None:
         )
 
 
+# pyrdiff.parts.wrappers: The network inside what is wrapped around it: a compiled module, adapters of PEFT, parallel training.
+
+def plain(module: torch.nn.Module) -> torch.nn.Module:
+    """The network inside its wrappers: the outermost `ModelMixin` in the module, or else the module itself."""
+    return next((inner for inner in module.modules() if isinstance(inner, ModelMixin)), module)
+
+
+def network_takes(module: torch.nn.Module, argument: str) -> bool:
+    """
+    Whether the network inside the wrappers has this argument of `forward`. Its class says so: a wrapper takes whatever
+    it is given and passes it on.
+    """
+    return takes(type(plain(module)).forward, argument)
+
+
+# pyrdiff.parts.saving: Saving a pipeline together with its code, so that diffusers alone can load it.
+
+class StandaloneSaving(KeepsSource):
+    """
+    Put in front of `DiffusionPipeline`: saved folders carry the code of the pipeline and of its components, and
+    `from_pretrained` of an installed class needs none of it.
+    """
+
+    def register_modules(self, **components):
+        """As stock; also reads the code of components that keep none themselves, before its file is replaced."""
+        super().register_modules(**components)
+        for cls in self._classes_with_code(components).values():
+            keep_source(cls)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, push_to_hub: bool = False, **kwargs) -> None:
+        """
+        Saves a folder that `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)` loads wherever diffusers
+        is installed. It is the stock folder, with a source file for this class and for each component that is not part
+        of diffusers, and with an index and configs that name these files. The arguments are those of
+        `DiffusionPipeline`.
+
+        Raises:
+            ValueError: if a class is of a script or an interactive session, or a network is inside adapters or what
+                distributes it; nothing was written then.
+        """
+        check_bare(self.components)
+        classes = self._classes_with_code(self.components)
+        texts = {name: standalone_text(cls) for name, cls in classes.items()}  # raises before anything is written
+        names = ("repo_id", "commit_message", "private", "token", "create_pr")
+        hub_arguments = {name: kwargs.pop(name) for name in names if name in kwargs}
+        super().save_pretrained(save_directory, **kwargs)
+        folder = Path(save_directory)
+        for name, cls in classes.items():
+            (folder / name / f"{source_of(cls).stem}.py").write_text(texts[name], encoding="utf-8", newline="\n")
+        self._name_code(folder, classes)
+        if push_to_hub:
+            private, token = hub_arguments.pop("private", None), hub_arguments.get("token")
+            repo_id = hub_arguments.pop("repo_id", folder.name)
+            repo_id = create_repo(repo_id, exist_ok=True, private=private, token=token).repo_id
+            self._upload_folder(folder, repo_id, **hub_arguments)
+
+    def _classes_with_code(self, components: dict[str, object]) -> dict[str, type]:
+        """The classes that are not of diffusers by the folder that they are saved in, "" for the pipeline's own."""
+        classes = {"": type(self)}
+        for name, component in components.items():
+            if component is not None:
+                classes[name] = type(plain(component) if isinstance(component, torch.nn.Module) else component)
+        stock = ("diffusers", "transformers")
+        return {name: cls for name, cls in classes.items() if cls.__module__.split(".")[0] not in stock}
+
+    def _name_code(self, folder: Path, classes: dict[str, type]) -> None:
+        """Writes the names of the source files to index and configs, and takes out where the pipeline came from."""
+        for path in [folder / self.config_name, *folder.glob("*/*config.json")]:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            config = {key: value for key, value in config.items() if key not in ("_name_or_path", "_module")}
+            if path.name == self.config_name:
+                config |= index_entries(type(self), classes)
+            elif issubclass(classes.get(path.parent.name, object), torch.nn.Module):
+                config["auto_map"] = auto_map(classes[path.parent.name])
+            path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load_config(cls, *args, **kwargs):
+        """
+        As stock, but an index that names source files of the folder (see `save_pretrained`) is read as naming the
+        installed classes of the same names. `from_pretrained` of this class then runs no code from the folder and needs
+        no trust flag. Of a folder of another pipeline, only what this one takes is read.
+        """
+        config = super().load_config(*args, **kwargs)
+        index = config[0] if isinstance(config, tuple) else config
+        stem = cls.__module__.rpartition(".")[2]
+        if index.get("_class_name") not in (cls.__name__, [stem, cls.__name__]):
+            takes = inspect.signature(cls.__init__).parameters
+            for name in [name for name in index if name not in takes and not name.startswith("_")]:
+                del index[name]
+        for name, value in index.items():
+            if isinstance(value, (list, tuple)) and [type(item) for item in value] == [str, str]:
+                here, pyrdiff = cls.__module__.split(".")[0], "pyrdiff"
+                module = MODULES.get((here, *value)) or MODULES.get((pyrdiff, *value))
+                if module is not None:
+                    index[name] = value[1] if name == "_class_name" else [module, value[1]]
+        return config
+
+
+def check_bare(components: dict[str, object]) -> None:
+    """Refuses networks with anything around them but what compiles: it would be saved in their place."""
+    for name, component in components.items():
+        inside = getattr(component, "_orig_mod", component)
+        if isinstance(inside, torch.nn.Module) and inside is not plain(inside):
+            raise ValueError(
+                f"{name}={type(inside).__name__}: expected the {type(plain(inside)).__name__} inside, to save it; with "
+                "adapters of PEFT, `merge_and_unload()` gives it with them"
+            )
+
+
+def index_entries(pipeline_class: type, classes: dict[str, type]) -> dict[str, object]:
+    """
+    What the index of a folder says of the code in it.
+
+    Args:
+        pipeline_class: The pipeline's class.
+        classes: The classes that have code in the folder, by component; "" for the pipeline.
+
+    Returns:
+        [file, class] of each, and the `auto_map` of the first network: diffusers' `AutoModel` reads that of the index,
+        whatever subfolder it is asked for. Other networks it loads from their own folder, by the `auto_map` there.
+    """
+    entries = {name or "_class_name": [source_of(cls).stem, cls.__name__] for name, cls in classes.items()}
+    for name in inspect.signature(pipeline_class.__init__).parameters:
+        if issubclass(classes.get(name, object), torch.nn.Module):
+            return {**entries, "auto_map": auto_map(classes[name])}
+    return entries
+
+
 # pyrdiff.parts.sampling: What the pipelines share of a call: progress, interruption, callbacks, and the way out of [-1, 1].
 
 Images = list[PIL.Image.Image] | np.ndarray | torch.Tensor
 Item = TypeVar("Item")
-
-
-def plain(module: torch.nn.Module) -> torch.nn.Module:
-    """The module inside a compiled one."""
-    return getattr(module, "_orig_mod", module)
 
 
 class SamplingRun:
@@ -770,6 +849,20 @@ class SamplingPipeline(StandaloneSaving):
     model_cpu_offload_seq = "unet"
     _callback_tensor_inputs = ["latents"]
 
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs) -> "SamplingPipeline":
+        """As stock, which takes over no network of a class that `__init__` does not name: here of every class."""
+        accepted = inspect.signature(cls.__init__).parameters
+        shared = {name: component for name, component in pipeline.components.items() if name in accepted}
+        return super().from_pipe(pipeline, **shared | kwargs)
+
+    @property
+    def components(self) -> dict[str, object]:
+        """As stock, without those that are left out by default: other pipelines may not know them."""
+        defaults = inspect.signature(type(self).__init__).parameters
+        named = super().components.items()
+        return {name: value for name, value in named if value is not None or defaults[name].default is not None}
+
     @property
     def num_timesteps(self) -> int:
         """Network calls of the last run."""
@@ -798,17 +891,18 @@ class SamplingPipeline(StandaloneSaving):
     @property
     def _channels(self) -> int:
         """Of an image."""
-        return getattr(self.unet.config, "image_channels", self.unet.config.in_channels)
+        config = plain(self.unet).config
+        return getattr(config, "image_channels", config.in_channels)
 
     @property
     def _size_multiple(self) -> int:
         """Sides of a network's sample are multiples of this."""
-        return 2 ** (len(getattr(self.unet.config, "block_out_channels", (1,))) - 1)
+        return 2 ** (len(getattr(plain(self.unet).config, "block_out_channels", (1,))) - 1)
 
     def _predict(self, sample: torch.Tensor, time: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
         """The network's output [B, C, H, W], float32; it is told where the pixels lie if it wants to know."""
-        where = {"coordinates": coordinates} if takes(plain(self.unet).forward, "coordinates") else {}
-        return self.unet(sample.to(self.unet.dtype), time, **where, return_dict=False)[0].float()
+        where = {"coordinates": coordinates} if network_takes(self.unet, "coordinates") else {}
+        return self.unet(sample.to(plain(self.unet).dtype), time, **where, return_dict=False)[0].float()
 
     def _to_output(self, latents: torch.Tensor, size: tuple[int, int], output_type: str) -> Images:
         """Latents [B, C, H, W] in [-1, 1] at a size and in the form that was asked for."""
@@ -1050,7 +1144,7 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         renoised (eq. 2).
         """
         shape = (batch_size, self._channels, *stage.network_size)
-        noise = randn_tensor(shape, generator=generator, device=self._execution_device)
+        noise = white_noise(shape, generator=generator, device=self._execution_device)
         if latents is None and stage.strength == 1:
             return noise * stage.steps.scheduler.init_noise_sigma
         if latents is None:
@@ -1101,7 +1195,7 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
     def _check_noise(self, stages: list[PyramidalStage], box: Sequence[float] = (0.0, 0.0, 1.0, 1.0)) -> None:
         """Refuses more noise than the network is trained for at a level's size."""
         starts = [(stage.size, stage.steps.times[0]) for stage in stages]
-        check_noise(self.unet.config, self.scheduler.config.num_train_timesteps, starts, box)
+        check_noise(plain(self.unet).config, self.scheduler.config.num_train_timesteps, starts, box)
 
     def _choose(
         self, plan: str | dict | None, arguments: PyramidalArguments
@@ -1121,7 +1215,8 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
     def _level_sizes(self, resolutions: Sequence[Size] | None) -> list[tuple[int, int]]:
         """The levels as (height, width), by default those of training."""
         if resolutions is None:
-            resolutions = getattr(self.unet.config, "resolutions", None) or [self.unet.config.sample_size]
+            config = plain(self.unet).config
+            resolutions = getattr(config, "resolutions", None) or [config.sample_size]
             if resolutions == [None]:
                 raise ValueError("resolutions=None: expected a list, since the network's config names none")
         sizes = check_growing("resolutions", resolutions)
@@ -1139,7 +1234,7 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         if len(spacing) != levels:
             raise ValueError(f"spacing gives times for {len(spacing)} levels: expected one list for each of {levels}")
         for times in spacing:
-            if not isinstance(times, (list, tuple)) or not all(isinstance(time, int) for time in times):
+            if not isinstance(times, (list, tuple)) or not all(is_whole(time) for time in times):
                 raise ValueError(f"spacing={spacing}: expected one list of whole numbers for each level")
         return list(spacing)
 

@@ -4,6 +4,7 @@
 
 import importlib
 import inspect
+import numpy as np
 import re
 import sys
 import torch
@@ -87,12 +88,24 @@ class KeepsSource:
         package, stem = cls.__module__.split(".")[0], cls.__module__.rpartition(".")[2]
         MODULES[package, stem, cls.__name__] = cls.__module__
 
+    def register_to_config(self, **settings) -> None:
+        """As stock, with numbers of numpy as those of Python, which a config is saved with."""
+        super().register_to_config(**{name: _without_numpy(value) for name, value in settings.items()})
+
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
         """As stock; `auto_map` in a saved config is for diffusers' `AutoModel` and says nothing to the class."""
         passed_over = ("auto_map", *cls.RETIRED)
         config_dict = {name: value for name, value in config_dict.items() if name not in passed_over}
         return super().extract_init_dict(config_dict, **kwargs)
+
+
+def _without_numpy(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _without_numpy(item) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(_without_numpy, value))
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def keep_source(cls: type) -> None:
