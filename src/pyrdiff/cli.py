@@ -190,6 +190,7 @@ def run(main: Callable[[list[str]], dict | None]) -> None:
         main: f(flags) -> its result, which may carry an "exit_code".
     """
     _end_with_launcher()
+    signal.signal(signal.SIGTERM, _end)  # as an exception, so that nothing half-written is left
     args = [arg for arg in sys.argv[1:] if arg not in ("--json", "--debug")]
     as_json = "--json" in sys.argv[1:]
     try:
@@ -238,6 +239,11 @@ def _end_with_launcher() -> None:
 
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    """Handler of a signal."""
+    sys.exit(128 + number)
 
 
 def _exit(error: Exception, code: int) -> NoReturn:

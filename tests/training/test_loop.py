@@ -34,7 +34,9 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "train_pddpm.py"
 
 def fit_toy(flags: dict, method=METHOD) -> Path:
     """Trains, without an export, and returns the run's folder."""
-    prepare(method, PyramidalSettings(**flags)).fit()
+    run = prepare(method, PyramidalSettings(**flags))
+    run.fit()
+    run.close()
     return Path(flags["output_dir"])
 
 
@@ -367,6 +369,7 @@ def fit_late(flags: dict, method=METHOD) -> Path:
     run = prepare(method, PyramidalSettings(**flags))
     run.checks_late = True
     run.fit()
+    run.close()
     return Path(flags["output_dir"])
 
 
@@ -581,7 +584,8 @@ def test_a_budget_in_minutes_is_kept_and_used_up(toy, clock, changes, steps):
     flags = toy(minutes=1, lr_warmup_steps=10, checkpointing_steps=1000, **changes)
     del flags["max_train_steps"]
     folder = Path(flags["output_dir"])
-    prepare(clock.method, PyramidalSettings(**flags), clock=clock).fit()
+    run = prepare(clock.method, PyramidalSettings(**flags), clock=clock)
+    run.fit()
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == steps and newest_checkpoint(folder) == folder / f"checkpoint-{steps}"
     if steps > 1:

@@ -4,15 +4,19 @@ import hashlib
 import json
 import logging
 import os
-import uuid
+import re
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from tqdm.auto import tqdm
+
+from pyrdiff.parts.files import replacing
 
 from .images import MAX_PIXELS, WHITE, BadImageError, check_decoding, decode_image, fit_image
 from .sources import ImageSource, open_source
@@ -269,17 +273,32 @@ class _FileWriter:
         self._write_header()
 
     def write(self, row: np.ndarray) -> None:
-        self.file.write(np.ascontiguousarray(row).data)
+        with self._named_in_errors():
+            self.file.write(np.ascontiguousarray(row).data)
         self.count += 1
 
     def finish(self) -> None:
-        start = self.file.tell() - self.count * int(np.prod(self.row_shape))
-        self.file.seek(0)
-        self._write_header()
-        assert self.file.tell() == start, "numpy's headers leave room for the first axis to grow"
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
+        with self._named_in_errors():
+            start = self.file.tell() - self.count * int(np.prod(self.row_shape))
+            self.file.seek(0)
+            self._write_header()
+            assert self.file.tell() == start, "numpy's headers leave room for the first axis to grow"
+            self.file.close()
+
+    def __enter__(self) -> "_FileWriter":
+        return self
+
+    def __exit__(self, *error) -> None:
+        with suppress(OSError):  # of what was not finished, nothing is kept
+            self.file.close()
+
+    @contextmanager
+    def _named_in_errors(self) -> Iterator[None]:
+        """Python does not say which file it could not write to."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.file.name) from error
 
     def _write_header(self) -> None:
         header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *self.row_shape)}
@@ -310,30 +329,29 @@ def _load(folder: Path, reading: _Reading) -> tuple[dict, list[np.ndarray]] | No
 
 
 def _make(folder: Path, reading: _Reading, on_bad_image: str) -> tuple[dict, list[np.ndarray]]:
-    """Write the cache: arrays first, the JSON that declares them whole last, each under another name until complete."""
-    folder.mkdir(parents=True, exist_ok=True)
-    finals = [_level_path(folder, size) for size in reading.sizes] + [folder / "levels.json"]
-    suffix = f".{uuid.uuid4().hex}.tmp"
-    temporary = [path.with_name(path.name + suffix) for path in finals]
-    writers = []
-    try:
-        for path, size in zip(temporary, reading.sizes, strict=False):
-            writers.append(_FileWriter(path, (*size, reading.channels)))
+    """Writes the cache. Its files take their names once all are complete: last the JSON that declares them whole."""
+    finals = [_level_path(folder, size) for size in reading.sizes]
+    with ExitStack() as stack:  # ends with what was entered first
+        declared = stack.enter_context(replacing(folder / "levels.json"))
+        written = [stack.enter_context(replacing(path)) for path in finals]
+        _sweep_earlier_releases(folder)
+        writers = [
+            stack.enter_context(_FileWriter(path, (*size, reading.channels)))
+            for path, size in zip(written, reading.sizes, strict=True)
+        ]
         record = reading.run(writers, on_bad_image)
         for writer in writers:
             writer.finish()
-        top = np.load(temporary[len(reading.sizes) - 1], mmap_mode="r")
+        top = np.load(written[-1], mmap_mode="r")
         record |= {"fingerprint": fingerprint_of(reading.sizes, top), "count": len(top)}
         del top
-        with open(temporary[-1], "w") as file:
-            json.dump({"key": reading.key(), **reading.settings(), **record}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        for path, final in zip(temporary, finals, strict=True):
-            os.replace(path, final)
-    finally:
-        for writer in writers:
-            writer.file.close()
-        for path in temporary:
+        text = json.dumps({"key": reading.key(), **reading.settings(), **record}, indent=1)
+        declared.write_text(text, encoding="utf-8")
+    return record, [np.load(path, mmap_mode="r") for path in finals]
+
+
+def _sweep_earlier_releases(folder: Path) -> None:
+    """What killed processes of releases up to 0.1.0 left, once nobody has written to it for a day."""
+    for path in folder.glob("*.*.tmp"):
+        if re.fullmatch(r".+\.(npy|json)\.[0-9a-f]{32}\.tmp", path.name) and time.time() - path.stat().st_mtime > 86400:
             path.unlink(missing_ok=True)
-    return record, [np.load(path, mmap_mode="r") for path in finals[:-1]]

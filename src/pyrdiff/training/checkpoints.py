@@ -4,15 +4,14 @@ A checkpoint is a folder `checkpoint-{step}` with one `{name}.safetensors` per g
 `manifest.json` with the size and sha256 of each. It is written beside its final place, read back, and renamed, so the
 folder under its final name is always complete. safetensors and JSON only: loading one never executes code.
 
-One process writes to a folder at a time; readers may look at any moment. A run starts with `sweep_strays`, goes on from
-`newest_checkpoint`, and calls `prune_checkpoints` after each save.
+One process writes to a folder at a time; readers may look at any moment. A run starts with `parts.files.sweep`, goes on
+from `newest_checkpoint`, and calls `prune_checkpoints` after each save.
 """
 
 import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,7 +19,7 @@ from typing import Any, BinaryIO
 import safetensors.torch
 import torch
 
-from pyrdiff.parts.files import replacing_folder
+from pyrdiff.parts.files import remove_folder, replacing_folder
 
 FORMAT = "pyrdiff-checkpoint"
 FORMAT_VERSION = 1
@@ -30,7 +29,6 @@ CHUNK_BYTES = 8 * 2**20
 MAX_MANIFEST_BYTES = 16 * 2**20
 
 _CHECKPOINT = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
-_STRAY = re.compile(r"\.(checkpoint-[0-9]+|finished|pipeline)\.(writing|removing|replaced)-([1-9][0-9]*)")
 _GROUP = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -76,9 +74,7 @@ def save_checkpoint(folder: Path, step: int, tensors: Tensors, state: dict[str, 
                 files[file] = _write_file(beside / file, _tensor_bytes(name, group))
             files[STATE_FILE] = _write_file(beside / STATE_FILE, state_bytes)
             _write_file(beside / MANIFEST_FILE, _manifest_bytes(step, files))
-            _sync_folder(beside)
             verify_checkpoint(beside)
-        _sync_folder(target.parent)
     except (OSError, CheckpointError) as error:
         size = sum(tensor.nbytes for group in tensors.values() for tensor in group.values()) + len(state_bytes)
         raise CheckpointError(
@@ -149,35 +145,6 @@ def newest_checkpoint(folder: Path, on_damaged: Callable[[Path, str], None] | No
     return None
 
 
-def sweep_strays(folder: Path) -> list[Path]:
-    """
-    Clears away what killed runs left behind: temporary folders of checkpoints, networks and pipelines, unless they
-    belong to another live process of this machine. What a killed save had set aside gets its name back.
-
-    Returns:
-        The folders that were removed.
-
-    Raises:
-        CheckpointError: if one could not get its name back.
-    """
-    removed = []
-    for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else []:
-        match = _STRAY.fullmatch(path.name)
-        if match is None or path.is_symlink() or not path.is_dir() or _belongs_to_another(int(match[3])):
-            continue
-        final = path.with_name(match[1])
-        if match[2] == "replaced" and not final.exists():
-            try:
-                os.rename(path, final)
-            except OSError as error:
-                raise CheckpointError(f"could not give {path} its name {final.name} back: {error}") from error
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-            if not path.exists():
-                removed.append(path)
-    return removed
-
-
 def prune_checkpoints(folder: Path, keep: int) -> None:
     """
     Deletes the oldest checkpoints until `keep` (1 or more) remain, and nothing while the newest does not verify.
@@ -192,12 +159,10 @@ def prune_checkpoints(folder: Path, keep: int) -> None:
     if len(paths) <= keep or newest_checkpoint(folder) != paths[-1]:
         return
     for path in paths[:-keep]:
-        stray = path.with_name(f".{path.name}.removing-{os.getpid()}")
         try:
-            os.rename(path, stray)
+            remove_folder(path)
         except OSError as error:
             raise CheckpointError(f"could not remove {path}: {error}") from error
-        shutil.rmtree(stray, ignore_errors=True)
 
 
 # The content.
@@ -286,12 +251,10 @@ def _verified_chunks(file: Path, expected: dict[str, Any]) -> Iterator[bytes]:
 
 
 def _write_file(file: Path, data: bytes) -> dict[str, Any]:
-    """Writes a new file to the disk; returns its manifest entry, made from the bytes in memory."""
+    """Writes a new file; returns its manifest entry, made from the bytes in memory."""
     with open(file, "xb") as handle:
         for start in range(0, len(data), CHUNK_BYTES):
             _write(handle, memoryview(data)[start : start + CHUNK_BYTES])
-        handle.flush()
-        os.fsync(handle.fileno())
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
@@ -299,31 +262,5 @@ def _write(handle: BinaryIO, data: memoryview) -> None:
     handle.write(data)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes a folder's entries durable; only POSIX can open a folder for this."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("checkpoint-"))
-
-
-def _belongs_to_another(pid: int) -> bool:
-    """True if `pid` is another live process, or if that cannot be told."""
-    if pid == os.getpid():
-        return False
-    if os.name != "posix":  # elsewhere os.kill(pid, 0) would end the process
-        return True
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except OSError:
-        return True
-    return True

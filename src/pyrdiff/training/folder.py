@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pyrdiff.parts.files import replacing_folder
+from pyrdiff.parts.files import replacing, replacing_folder
+from pyrdiff.parts.outputs import is_training
 
 from . import checkpoints
+from .lock import FolderLock
 from .settings import TrainingSettings
 
 FINISHED = "finished"  # folder of a network that another method builds on
@@ -42,27 +44,72 @@ def refuse_other_folder(folder: Path, settings: TrainingSettings, within: Iterab
     has_checkpoints = bool(checkpoints.list_checkpoints(folder))
     if has_checkpoints and settings.resume_from_checkpoint == "none":
         raise ValueError(f"output_dir={str(folder)!r}: holds checkpoints; expected a new folder, or resume 'latest'")
-    used = folder.is_dir() and any(path not in within for path in folder.iterdir())
-    if used and not has_checkpoints and not (folder / "settings.json").is_file():
+    there = folder.iterdir() if folder.is_dir() else ()
+    used = any(path not in within and path.name not in FolderLock.FILES for path in there)
+    if used and not has_checkpoints and not is_training(folder):
         raise ValueError(f"output_dir={str(folder)!r}: expected a new, an empty or an earlier run's folder")
 
 
 class RunFolder:
-    """What a run keeps on disk. One process writes; all of them read."""
+    """
+    What a run keeps on disk. One process writes; all of them read.
 
-    def __init__(self, path: Path, settings: TrainingSettings):
-        self.path, self.settings = path, settings
+    Args:
+        path: The folder.
+        settings: Those of the run.
+        lock: The lock on the folder, in the process that writes.
+    """
 
-    def open(self) -> None:
-        """Makes the folder and writes the resolved settings."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(asdict(self.settings), indent=2)
-        (self.path / "settings.json").write_text(text + "\n", encoding="utf-8")
+    def __init__(self, path: Path, settings: TrainingSettings, lock: FolderLock | None = None):
+        self.path, self.settings, self.lock = path, settings, lock
+
+    def open(self, step: int) -> None:
+        """Writes the resolved settings, and takes out of the log what a killed run had logged after `step`."""
+        self.check()
+        with replacing(self.path / "settings.json") as beside:
+            beside.write_text(json.dumps(asdict(self.settings), indent=2) + "\n", encoding="utf-8")
+        log = self.path / "log.jsonl"
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True) if log.is_file() else []
+        kept = [line for line in lines if _is_of_a_step_up_to(step, line)]
+        if kept != lines:
+            with replacing(log) as beside:
+                beside.write_text("".join(kept), encoding="utf-8")
+
+    def check(self) -> None:
+        """
+        To be called before anything is written.
+
+        Raises:
+            FileNotFoundError: if the folder is no longer the one that the run began in.
+        """
+        if self.lock is not None and not self.lock.is_in_place():
+            raise FileNotFoundError(
+                f"output_dir={str(self.path)!r}: was removed or replaced by another folder while the run was training; "
+                "nothing more is written"
+            )
 
     def log(self, values: dict[str, Any]) -> None:
         """Adds a line to log.jsonl."""
-        with (self.path / "log.jsonl").open("a", encoding="utf-8") as log:
-            log.write(json.dumps(values) + "\n")
+        self.check()
+        path = self.path / "log.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as log:
+                log.write(json.dumps(values) + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from error  # Python does not name it
+
+    def write_failure(self, step: int, report: dict[str, Any]) -> None:
+        """Writes down that a step was not finite."""
+        self.check()
+        with replacing(self.failure(step)) as beside:
+            beside.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+    def picture(self, step: int) -> Path:
+        """Where the sample grid of a step is to be."""
+        self.check()
+        path = self.path / "samples" / f"step-{step:07d}.png"
+        path.parent.mkdir(exist_ok=True)
+        return path
 
     def failure(self, step: int) -> Path:
         """Where it is written down that a step was not finite."""
@@ -72,6 +119,7 @@ class RunFolder:
 
     def save(self, step: int, tensors: checkpoints.Tensors, state: dict[str, Any]) -> None:
         """Writes a checkpoint, and removes those that are too many."""
+        self.check()
         checkpoints.save_checkpoint(self.path, step, tensors, state)
         checkpoints.prune_checkpoints(self.path, self.settings.checkpoints_total_limit)
 
@@ -123,6 +171,7 @@ class RunFolder:
 
     def keep_finished(self, network: torch.nn.Module) -> None:
         """Saves a network as finished, whole or not at all."""
+        self.check()
         with replacing_folder(self.finished) as beside:
             network.save_pretrained(beside, safe_serialization=True)
 
@@ -132,6 +181,14 @@ class RunFolder:
         for path in sorted(self.finished.glob("*.safetensors")):
             digest.update(path.read_bytes())
         return digest.hexdigest()
+
+
+def _is_of_a_step_up_to(step: int, line: str) -> bool:
+    """False for a line that was cut off, too."""
+    try:
+        return line.endswith("\n") and json.loads(line)["step"] <= step
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
 
 
 def _pass_over(damaged: Path, reason: str) -> None:

@@ -1,11 +1,11 @@
 """Training of any method, top to bottom: networks, data, the loop, checkpoints, export."""
 
-import copy
 import inspect
 import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,15 +19,20 @@ from pyrdiff import hub
 from pyrdiff.data import ImageLevels, MultiScaleBatches, open_source
 from pyrdiff.data.seeds import seed_of
 from pyrdiff.data.sources import FolderImages
+from pyrdiff.parts.files import sweep
 from pyrdiff.plugins import Method
 
-from . import checkpoints, reports
+from . import reports
+from .accelerating import accelerator_for
 from .folder import RunFolder, refuse_other_folder
 from .learner import Learner, learning_rate
+from .lock import FolderLock
 from .losses import Draws
 from .outcomes import Launched, Outcome, launched
 from .settings import TrainingDiverged, TrainingSettings, TrainingStopped
 from .stopping import TIME_IS_UP, Budget, Signals, Stopwatch
+
+MAX_OVERFLOWS = 30  # in a row: the factor of fp16 begins at 2**16 and is halved at each
 
 
 class Stage(NamedTuple):
@@ -39,12 +44,16 @@ class Stage(NamedTuple):
 
 
 class Surroundings(NamedTuple):
-    """What the runs of one training share; `repo_id` is where the pipeline is to be published, if anywhere."""
+    """
+    What the runs of one training share. The pipeline is published at `repo_id`, unless that is None.
+    `locks` are those on its folders, in the process that writes.
+    """
 
     accelerator: Accelerator
     batches: MultiScaleBatches
     watch: Stopwatch
     repo_id: str | None
+    locks: dict[Path, FolderLock]
 
 
 @dataclass
@@ -73,13 +82,17 @@ def train(method: Method, settings: TrainingSettings, clock: Callable[[], float]
         The exported folder, `output_dir/pipeline`.
 
     Raises:
-        ValueError: for bad input, before any work.
+        ValueError: for bad input, before any work, and for a folder that another process trains in.
         TrainingStopped: after SIGTERM or SIGINT, a checkpoint saved.
         TrainingDiverged: when the loss is not finite; the last finite checkpoint is kept.
+        OSError: if the disk refuses, or the output folder is gone.
     """
     run = prepare(method, settings, clock)
-    run.fit()
-    return run.export()
+    try:
+        run.fit()
+        return run.export()
+    finally:
+        run.close()
 
 
 def prepare(method: Method, settings: TrainingSettings, clock: Callable[[], float] = time.monotonic) -> "Run":
@@ -88,9 +101,9 @@ def prepare(method: Method, settings: TrainingSettings, clock: Callable[[], floa
     training of what the method builds on. Arguments and errors are those of `train`.
 
     Returns:
-        The run; `fit` trains it and `export` saves and publishes the pipeline.
+        The run; `fit` trains it, `export` saves and publishes the pipeline, `close` lets others train in its folder.
     """
-    watch, accelerator = Stopwatch(clock), _accelerator(settings)
+    watch, accelerator = Stopwatch(clock), accelerator_for(settings)
     stages = _stages(method, settings)
     folders = [stage.folder for stage in stages]
     for stage in stages:
@@ -100,33 +113,24 @@ def prepare(method: Method, settings: TrainingSettings, clock: Callable[[], floa
         name = settings.hub_model_id or folders[-1].resolve().name
         repo_id = hub.reserve(name, private=settings.hub_private_repo or None)
     networks = [_network(stage) for stage in stages]  # all of them, so that bad settings are met before any work
-    if accelerator.is_main_process:
-        for folder in folders:
-            checkpoints.sweep_strays(folder)
-    surroundings = Surroundings(accelerator, _batches(settings, accelerator), watch, repo_id)
-
-    stage, given = stages[-1], None
-    if len(stages) > 1:
-        first = Run(stages[0], networks.pop(0), surroundings)
-        stage = stage._replace(method=method.building_on(first.finish()))
-        given = first.folder.finished_digest()
-        del first
-        accelerator.free_memory()  # its optimiser, above all
-    run = Run(stage, networks.pop(), surroundings, given)
-    _refuse_other_classes(method, run.pipeline)
+    with ExitStack() as held:  # until the run has them
+        locks = {}
+        for folder in folders if accelerator.is_main_process else ():
+            locks[folder] = FolderLock(folder)
+            held.callback(locks[folder].release)
+            sweep(folder)
+        surroundings = Surroundings(accelerator, _batches(settings, accelerator), watch, repo_id, locks)
+        stage, given = stages[-1], None
+        if len(stages) > 1:
+            first = Run(stages[0], networks.pop(0), surroundings)
+            stage = stage._replace(method=method.building_on(first.finish()))
+            given = first.folder.finished_digest()
+            del first
+            accelerator.free_memory()  # its optimiser, above all
+        run = Run(stage, networks.pop(), surroundings, given)
+        _refuse_other_classes(method, run.pipeline)
+        held.pop_all()
     return run
-
-
-def _accelerator(settings: TrainingSettings) -> Accelerator:
-    accelerator = Accelerator(
-        mixed_precision=settings.mixed_precision,
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
-        log_with=settings.report_to,
-        project_dir=settings.output_dir,
-    )
-    if settings.report_to and not accelerator.log_with:
-        raise ValueError(f"report_to={settings.report_to!r}: expected a tracker that is installed")
-    return accelerator
 
 
 def _stages(method: Method, settings: TrainingSettings) -> list[Stage]:
@@ -199,12 +203,12 @@ class Run:
 
     def __init__(self, stage: Stage, network: torch.nn.Module, surroundings: Surroundings, given: str | None = None):
         self.method, self.settings, _ = stage
-        self.accelerator, self.batches, self.watch, self.repo_id = surroundings
+        self.accelerator, self.batches, self.watch, self.repo_id, self.locks = surroundings
         self.images = self.batches.images
         self.scheduler = self.method.scheduler(self.settings, self.images)
         self.pipeline = self.method.pipeline(self.settings, network, self.scheduler, self.images)
         self.identity = self._identity(network, given)
-        self.folder = RunFolder(stage.folder, self.settings)
+        self.folder = RunFolder(stage.folder, self.settings, self.locks.get(stage.folder))
         self.learner = Learner(network, self.settings, self.accelerator)
         self.budget = Budget(self.watch, self.settings.minutes)
         self.signals = Signals()
@@ -212,6 +216,7 @@ class Run:
         self.step, self.total_steps = 0, self.settings.max_train_steps
         self.saved_seconds = 0.0  # the run's time at its last checkpoint
         self.previewed: int | None = None  # the last step with a picture
+        self.overflows = 0  # steps in a row that fp16 has skipped
         self._resume()
         self.learner.prepare()
 
@@ -240,10 +245,18 @@ class Run:
         Raises:
             TrainingStopped: after a signal, a checkpoint saved.
             TrainingDiverged: when the loss or the gradient is not finite.
+            OSError: if the disk refuses, or the output folder is gone.
         """
+        try:
+            self._fit()
+        except BaseException:
+            self.close()
+            raise
+
+    def _fit(self) -> None:
         settings, is_main = self.settings, self.accelerator.is_main_process
         if is_main:
-            self.folder.open()
+            self.folder.open(self.step)
             reports.opening(self)
         self.accelerator.wait_for_everyone()
         bar = tqdm(total=self.total_steps, initial=self.step, disable=not is_main, mininterval=2.0, desc="training")
@@ -328,32 +341,22 @@ class Run:
 
     def checked(self, step: Launched) -> Outcome:
         """A step's numbers; if they are not finite, the batch is written down and the run ends."""
-        outcome = step.outcome()
-        fp16_skips = self.accelerator.scaler is not None  # a step whose gradient overflows
-        if math.isfinite(outcome.loss) and (math.isfinite(outcome.gradient_norm) or fp16_skips):
+        outcome, scaler = step.outcome(), self.accelerator.scaler
+        overflow = math.isfinite(outcome.loss) and not math.isfinite(outcome.gradient_norm)
+        self.overflows = self.overflows + 1 if overflow else 0
+        skipped = overflow and scaler is not None  # the scaler takes a smaller factor for the next step
+        if math.isfinite(outcome.loss) and (not overflow or (skipped and self.overflows < MAX_OVERFLOWS)):
             return outcome
-        path = self.folder.failure(step.number)
+        path, in_a_row = self.folder.failure(step.number), ""
+        if skipped:
+            in_a_row = f" (the {self.overflows}th step in a row that fp16 skipped)"
         if self.accelerator.is_main_process:
-            path.write_text(json.dumps(self._failure(step, outcome), indent=2) + "\n", encoding="utf-8")
+            self.folder.write_failure(step.number, reports.failure(self, step, outcome))
         raise TrainingDiverged(
-            f"loss {outcome.loss}, gradient norm {outcome.gradient_norm} at step {step.number}: stopped; {path} names "
-            "the batch, and the last checkpoint is from before. A lower learning_rate often helps"
+            f"loss {outcome.loss}, gradient norm {outcome.gradient_norm} at step {step.number}{in_a_row}: stopped; "
+            f"{path} names the batch, and the last checkpoint is from before. A lower learning_rate often helps"
+            + (", or mixed_precision bf16" if skipped else "")
         )
-
-    def _failure(self, step: Launched, outcome: Outcome) -> dict[str, Any]:
-        """What all processes trained on in a step: any of them may have met the bad image."""
-        whole, indices = copy.copy(self.batches), []
-        for whole.process_index in range(self.accelerator.num_processes):
-            for micro in range(self.settings.gradient_accumulation_steps):
-                indices += whole.draw(step.number - 1, micro).indices.tolist()
-        return {
-            "step": step.number,
-            "seed": self.settings.seed,
-            "loss": repr(outcome.loss),
-            "gradient_norm": repr(outcome.gradient_norm),
-            "resolution": list(self.settings.sizes[step.level]),
-            "images": [self.images.names[index] for index in indices],
-        }
 
     # What is due after a step.
 
@@ -447,6 +450,7 @@ class Run:
         target = self.folder.path / "pipeline"
         self._last_preview()
         if self.accelerator.is_main_process:
+            self.folder.check()
             with self.learner.averaged_weights():
                 hub.export(
                     self.pipeline,
@@ -469,6 +473,11 @@ class Run:
             except OSError as error:
                 raise OSError(f"{error} The model is in {target}: pyrdiff push {target} {self.repo_id}") from error
         return target
+
+    def close(self) -> None:
+        """Lets others train in the folder; to be called when no more is written."""
+        for lock in self.locks.values():
+            lock.release()
 
     def _last_preview(self) -> None:
         if self.settings.save_images_steps and self.previewed != self.step:

@@ -1,9 +1,10 @@
 """What a person sees of a run: what is printed and logged, previews, and the training's facts on the model card."""
 
+import copy
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -12,7 +13,7 @@ import pyrdiff
 
 if TYPE_CHECKING:
     from .loop import Run
-    from .outcomes import Launched
+    from .outcomes import Launched, Outcome
 
 
 def versions() -> dict[str, str]:
@@ -52,14 +53,29 @@ def log_step(run: "Run", step: "Launched", loss: float) -> None:
 
 def preview(run: "Run") -> None:
     """The method's picture of how far the averaged weights have come, in `samples`, and its numbers."""
-    path = run.folder.path / "samples" / f"step-{run.step:07d}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = run.folder.picture(run.step)
     with run.learner.averaged_weights(), run.accelerator.autocast():
         values = run.method.preview(run.settings, run.pipeline, run.images, path)
     if values:
         run.folder.log({"step": run.step, "validation": values})
         print(f"step {run.step}: {', '.join(f'{name} {value:.4g}' for name, value in values.items())}", flush=True)
         track(run, {f"validation_{name}": value for name, value in values.items()})
+
+
+def failure(run: "Run", step: "Launched", outcome: "Outcome") -> dict[str, Any]:
+    """A step that was not finite, with what all processes trained on in it: any of them may have met the bad image."""
+    whole, indices = copy.copy(run.batches), []
+    for whole.process_index in range(run.accelerator.num_processes):
+        for micro in range(run.settings.gradient_accumulation_steps):
+            indices += whole.draw(step.number - 1, micro).indices.tolist()
+    return {
+        "step": step.number,
+        "seed": run.settings.seed,
+        "loss": repr(outcome.loss),
+        "gradient_norm": repr(outcome.gradient_norm),
+        "resolution": list(run.settings.sizes[step.level]),
+        "images": [run.images.names[index] for index in indices],
+    }
 
 
 def track(run: "Run", values: dict[str, float]) -> None:
