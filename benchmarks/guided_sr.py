@@ -60,7 +60,7 @@ def arms(top: int) -> dict[str, dict]:
 
 def from_noise(pipeline, operator, measured, generators, kind: str, steps: int, scale: float = 1.0):
     """DPS (Chung et al. 2023, algorithm 1) or ILVR (Choi et al. 2021, algorithm 1), ancestral steps from pure noise."""
-    unet, size = pipeline.unet.requires_grad_(False), [factor.shape[1] for factor in operator.factors[:2]]
+    unet, size = pipeline.unet.requires_grad_(False), list(operator.large)
     scheduler = pipeline.scheduler
     scheduler.set_timesteps(steps)
     wanted = 2 * measured - 1
@@ -153,7 +153,7 @@ def measure(options) -> dict:
 
 def enlarge(pipeline, operator, measured, kind: str, settings: dict, options):
     """Outputs of an arm, [N, C, H, W] in [0, 1], rounded to 8 bits as a file is."""
-    size = tuple(factor.shape[1] for factor in operator.factors[:2])
+    size = operator.large
 
     def make(indices: range):
         part = measured[indices.start : indices.stop].to(pipeline.unet.device)

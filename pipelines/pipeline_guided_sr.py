@@ -11,7 +11,7 @@ import PIL.Image
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 
 from pyrdiff.parts.checks import (
     Generators,
@@ -32,6 +32,8 @@ from pyrdiff.parts.sampling import SamplingPipeline
 from pyrdiff.parts.steps import LevelSteps, check_start_above_zero, lay_out_steps
 from pyrdiff.parts.windows import Prediction, Tiling, WindowedNetwork
 from pyrdiff.parts.wrappers import plain
+
+guidance_logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -73,10 +75,14 @@ class GuidedStage:
 
 
 class GuidedOutput(NamedTuple):
-    """A prediction whose clean estimate fits the input better, and what is added after the step, or `None`."""
+    """
+    A prediction whose clean estimate fits the input better, what is added after the step, and how far from the input
+    the estimate was before: the mean absolute difference [B] in [0, 1]. `None` where there is none.
+    """
 
     output: torch.Tensor
-    push: torch.Tensor | None
+    push: torch.Tensor | None = None
+    difference: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -113,29 +119,36 @@ class InputGuidance:
         if kind in ("none", "projection"):
             output = self.network.predict(sample, time, stage.coordinates)
             clean = self._clipped(estimate.clean(sample, output))
-            if kind == "projection":
-                clean = clean + self._correction(stage.operator, clean, estimate)
-            return GuidedOutput(estimate.output(sample, clean), None)
+            if kind == "none":
+                return GuidedOutput(estimate.output(sample, clean))
+            residual = self._residual(stage.operator, clean)
+            clean = clean + self._correction(stage.operator, residual, estimate)
+            return GuidedOutput(estimate.output(sample, clean), None, residual.abs().flatten(1).mean(1))
         prediction = self.network.differentiate(sample, time, stage.coordinates)
         clean = self._clipped(estimate.clean(sample, prediction.output))
+        residual = self._residual(stage.operator, clean)
+        difference = residual.abs().flatten(1).mean(1)
         if kind == "paper":
-            direction = self._through(prediction, estimate, self._gradient(stage.operator, clean))
-            return GuidedOutput(estimate.output(sample, clean), self.scale * direction)
-        direction = self._through(prediction, estimate, self._correction(stage.operator, clean, estimate))
-        return GuidedOutput(estimate.output(sample, clean + direction / estimate.signal), None)
+            direction = self._through(prediction, estimate, self._gradient(stage.operator, residual, clean))
+            return GuidedOutput(estimate.output(sample, clean), self.scale * direction, difference)
+        direction = self._through(prediction, estimate, self._correction(stage.operator, residual, estimate))
+        return GuidedOutput(estimate.output(sample, clean + direction / estimate.signal), None, difference)
 
     def _clipped(self, clean: torch.Tensor) -> torch.Tensor:
         return clean.clamp(-1, 1) if self.clip_sample else clean
 
-    def _correction(self, operator: Operator, clean: torch.Tensor, estimate: CleanEstimate) -> torch.Tensor:
+    def _residual(self, operator: Operator, clean: torch.Tensor) -> torch.Tensor:
+        """y - A x0, in the range of the measurement."""
+        return self.measured - operator.A(clean / 2 + 0.5)
+
+    def _correction(self, operator: Operator, residual: torch.Tensor, estimate: CleanEstimate) -> torch.Tensor:
         """A^+ (y - A x0), damped by what noise the measurement has, in the [-1, 1] range of the estimate."""
-        residual = self.measured - operator.A(clean / 2 + 0.5)
         return 2 * operator.correction(residual, (2 * self.noise_std / estimate.noise) ** 2)
 
-    def _gradient(self, operator: Operator, clean: torch.Tensor) -> torch.Tensor:
+    @staticmethod
+    def _gradient(operator: Operator, residual: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
         """- grad |A x0 - y|^2 to x0 (eq. 10), both in [-1, 1]."""
-        image = clean / 2 + 0.5
-        return 4 * operator.adjoint(self.measured - operator.A(image), at=image)
+        return 4 * operator.adjoint(residual, at=clean / 2 + 0.5)
 
     @staticmethod
     def _through(prediction: Prediction, estimate: CleanEstimate, direction: torch.Tensor) -> torch.Tensor:
@@ -274,7 +287,7 @@ class GuidedSRPipeline(SamplingPipeline, DiffusionPipeline):
         guide = InputGuidance(guidance, measured, scale, guidance_every, noise_std, clip_sample, network)
 
         calls = sum(len(stage.steps) for stage in stages)
-        latents, levels = None, []
+        latents, levels, guided = None, [], None
         with self._frozen(), self._running(calls, callback_on_step_end, callback_on_step_end_tensor_inputs) as run:
             for stage in run.going(stages):
                 operator = stage.operator
@@ -289,6 +302,7 @@ class GuidedSRPipeline(SamplingPipeline, DiffusionPipeline):
         if hard_consistency:
             levels[-1] = latents = project_onto(latents, measured, operator)
         consistency = self._consistency(latents, measured, mask, operator)
+        self._warn_if_worse(consistency, guided, guidance)
         images, *levels = (
             self._to_output(one, one.shape[-2:], output_type) for one in (latents, *(levels if return_levels else []))
         )
@@ -337,6 +351,20 @@ class GuidedSRPipeline(SamplingPipeline, DiffusionPipeline):
         if mask is not None:
             difference = difference * mask.to(difference) / mask.to(difference).mean()
         return difference.flatten(1).mean(1)
+
+    @staticmethod
+    def _warn_if_worse(consistency: torch.Tensor, guided: GuidedOutput | None, guidance: str) -> None:
+        """Warns if the last guided step ended further from the input than what the network had predicted without it."""
+        if guided is None or guided.difference is None:
+            return
+        worse = consistency > guided.difference.clamp(min=1 / 255)
+        if bool(worse.any()):
+            at = int((consistency - guided.difference).argmax())
+            guidance_logger.warning(
+                f"guidance={guidance!r} draws away from the input: image {at} ends {consistency[at].item():.3f} away, "
+                f"and was {guided.difference[at].item():.3f} away before the last step"
+                + ("; expected a smaller guidance_scale" if guidance == "paper" else "")
+            )
 
     def _lay_out(self, sizes, refine_steps, refine_strength, spacing) -> list[LevelSteps]:
         """The steps of each level, with schedulers of their own; raises for steps that cannot be made."""
@@ -424,10 +452,6 @@ class GuidedSRPipeline(SamplingPipeline, DiffusionPipeline):
                 raise ValueError(
                     f"resolutions={resolutions}: expected levels that grow from the input's size {small}, none smaller"
                 )
-        if min(sizes[0]) < self._size_multiple:
-            raise ValueError(
-                f"a level of {sizes[0]}: expected sides of at least {self._size_multiple} for this network"
-            )
         return sizes
 
     @staticmethod

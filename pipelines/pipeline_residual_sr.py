@@ -432,10 +432,4 @@ class ResidualSRPipeline(SamplingPipeline, DiffusionPipeline):
             raise ValueError(f"scale_factor={scale_factor!r}: expected a whole number from 2 up")
         if trained and scale_factor not in trained:
             raise ValueError(f"scale_factor={scale_factor}: expected one of {sorted(trained)}, as it was trained for")
-        size, multiple = tuple(side * scale_factor for side in small), self._size_multiple
-        if any(-side % multiple >= side for side in size):
-            raise ValueError(
-                f"image of {small[0]}x{small[1]} makes {size[0]}x{size[1]}: expected sides above {multiple // 2}, so "
-                f"that they can be padded by reflection to the network's multiples of {multiple}"
-            )
-        return size
+        return tuple(side * scale_factor for side in small)

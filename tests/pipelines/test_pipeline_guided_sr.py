@@ -75,6 +75,11 @@ def soft(*shape) -> torch.Tensor:
 # Operators
 
 
+def dense(operator: SeparableOperator, side: int) -> torch.Tensor:
+    """The matrix [small, side] of its rows, for images of one column."""
+    return operator.A(torch.eye(side).double()[:, None, :, None])[:, 0, :, 0].mT
+
+
 @pytest.mark.parametrize(
     "large, small", [((16, 16), (4, 4)), ((12, 18), (8, 12)), ((15, 21), (5, 7)), ((9, 9), (9, 9))]
 )
@@ -102,7 +107,7 @@ def test_area_is_average_pooling_and_gray_is_luma():
     image = pictures(2, 3, 12, 12)
     area = SeparableOperator.named("area", (12, 12), (4, 4), 3).A(image)
     torch.testing.assert_close(area, F.avg_pool2d(image, 3), atol=1e-6, rtol=0)
-    uneven = SeparableOperator.named("area", (3, 3), (2, 2), 1).factors[0]
+    uneven = dense(SeparableOperator.named("area", (3, 1), (2, 1), 1), 3)
     torch.testing.assert_close(uneven, torch.tensor([[2.0, 1, 0], [0, 1, 2]]).double() / 3)
     gray = SeparableOperator.named("gray", (12, 12), (12, 12), 3).A(image)
     weights = torch.tensor([0.299, 0.587, 0.114])
@@ -110,7 +115,7 @@ def test_area_is_average_pooling_and_gray_is_luma():
 
 
 def test_gaussian_blurs_by_two_fifths_of_a_small_pixel():
-    row = SeparableOperator.named("gaussian", (64, 64), (16, 16), 1).factors[0][8]
+    row = dense(SeparableOperator.named("gaussian", (64, 1), (16, 1), 1), 64)[8]
     places = torch.arange(64).double() + 0.5
     assert abs((row * places).sum() - 34) < 1e-9
     spread = (row * (places - 34) ** 2).sum().sqrt()
@@ -131,6 +136,28 @@ def test_operators_invert_and_transpose(name, large, small):
         torch.testing.assert_close(
             slow.correction(measured, ridge), operator.correction(measured, ridge), atol=2e-5, rtol=0
         )
+
+
+@pytest.mark.parametrize("name", ["bicubic", "bicubic_matlab", "lanczos"])
+@pytest.mark.parametrize("large, small", [(1400, 700), (880, 587), (612, 600)])
+def test_long_sides_are_the_dense_matrices(name, large, small):
+    """Sides of several blocks: A, A^T and both inverses against one dense matrix."""
+    operator = SeparableOperator.named(name, (large, 1), (small, 1), 1)
+    matrix = dense(operator, large)
+    measured = pictures(1, 1, small, 1).double()
+    torch.testing.assert_close(operator.adjoint(measured), matrix.mT @ measured, rtol=0, atol=1e-12)
+    for ridge in (0.0, 0.05):
+        gram = matrix @ matrix.mT + ridge * torch.eye(small).double()
+        expected = matrix.mT @ torch.linalg.solve(gram, measured)
+        torch.testing.assert_close(operator.correction(measured, ridge), expected, rtol=0, atol=1e-6)
+
+
+def test_an_operator_grows_with_the_side_of_the_image_and_not_with_its_square():
+    def numbers(side: int) -> int:
+        operator = SeparableOperator.named("bicubic", (16, 4 * side), (4, side), 3)
+        return sum(block.weights.numel() for one in operator.matrices + operator.inverses for block in one.blocks)
+
+    assert numbers(3000) < 2.1 * numbers(1500) and numbers(3000) < 6e6  # dense: 45 million
 
 
 # The method
@@ -557,7 +584,6 @@ def test_callback_and_interrupt():
         ("mode", PIL.Image.new("RGBA", (4, 4)), {}),
         ("mode", PIL.Image.new("1", (4, 4)), {}),
         ("mode", PIL.Image.new("RGB", (4, 4)), {}),
-        ("at least", torch.zeros(1, 1, 1, 1), dict(scale_factor=1)),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -705,3 +731,23 @@ def test_mirrored_arrays_are_read():
     array = np.random.default_rng(0).random((4, 4, 1), dtype=np.float32)
     run = lambda image: quiet()(image, 2, refine_steps=2, generator=generators(1), output_type="np").images  # noqa: E731
     np.testing.assert_array_equal(run(array[:, ::-1]), run(np.ascontiguousarray(array[:, ::-1])))
+
+
+@pytest.mark.parametrize("height, width", [(1, 20), (20, 1), (1, 1), (3, 5)])
+@pytest.mark.parametrize("tile", [None, 8])
+def test_sides_shorter_than_the_network_takes(height, width, tile):
+    unet = network(
+        block_out_channels=(8, 8, 8), down_block_types=("DownBlock2D",) * 3, up_block_types=("UpBlock2D",) * 3
+    )
+    arguments = dict(refine_steps=2, tile=tile, generator=generators(1), output_type="pt")
+    for guidance in ("projection", "gradient"):
+        output = quiet(unet)(soft(1, 1, height, width), 2, guidance=guidance, hard_consistency=True, **arguments)
+        assert output.images.shape == (1, 1, 2 * height, 2 * width) and output.consistency < 1 / 255
+
+
+def test_guidance_that_draws_away_from_the_input_is_said(caplog):
+    image = pictures(2, 1, 8, 8)
+    for guidance, scale in (("none", None), ("projection", None), ("paper", 0.5), ("paper", 50.0)):
+        output = quiet()(image, 2, guidance=guidance, guidance_scale=scale, generator=generators(2))
+        said = "draws away from the input" in caplog.text
+        assert said == (scale == 50.0), (guidance, scale, output.consistency)

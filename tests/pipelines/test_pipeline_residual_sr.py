@@ -419,8 +419,10 @@ def test_sizes_that_are_padded_for_the_network_only():
     unet.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape[-2:])))
     output = quiet(unet)(pictures(1, 1, 5, 3), num_inference_steps=2, output_type="pt")
     assert output.images.shape == (1, 1, 10, 6) and set(seen) == {(12, 8)}
-    with pytest.raises(ValueError, match="above 2"):
-        quiet(unet)(pictures(1, 1, 5, 1))
+    for height, width in ((5, 1), (1, 5), (1, 1)):  # too short to be mirrored
+        arguments = dict(num_inference_steps=2, hard_consistency=True, output_type="pt")
+        output = quiet(unet)(0.4 + 0.2 * pictures(1, 1, height, width), **arguments)
+        assert output.images.shape == (1, 1, 2 * height, 2 * width) and output.consistency < 1 / 255
 
 
 def test_kinds_of_input_and_output():

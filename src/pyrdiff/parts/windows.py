@@ -76,7 +76,8 @@ class WindowedNetwork:
 
     Args:
         network: Called as network(sample [B, C, H, W], time, condition), with windows of both images.
-        multiple: Sides that the network takes are multiples of this; others are padded by reflection.
+        multiple: Sides that the network takes are multiples of this; others are padded by reflection, or where they are
+            too short for it by the pixels at the border.
         tiling: The windows; `None` for the whole image at once.
     """
 
@@ -107,8 +108,12 @@ class WindowedNetwork:
 
     def _padded(self, image: torch.Tensor) -> torch.Tensor:
         """The image with sides that the network takes; as it is if they are multiples already."""
-        padding = (0, -image.shape[-1] % self.multiple, 0, -image.shape[-2] % self.multiple)
-        return F.pad(image, padding, mode="reflect") if any(padding) else image
+        for below, side in ((False, image.shape[-1]), (True, image.shape[-2])):
+            added = -side % self.multiple
+            if added:
+                mode = "reflect" if added < side else "replicate"  # too few pixels to mirror
+                image = F.pad(image, (0, 0, 0, added) if below else (0, added, 0, 0), mode=mode)
+        return image
 
     def _blend(self, padded: torch.Tensor, time: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         windows, condition = self.windows(padded), self._padded(condition)
