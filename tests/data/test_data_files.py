@@ -2,11 +2,13 @@
 
 import io
 import struct
+import threading
+import warnings
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 from PIL.TiffImagePlugin import IFDRational
 
 from pyrdiff.data import BadImageError, Picture, check_saving, open_picture, save_picture
@@ -259,7 +261,7 @@ def test_a_file_that_reads_back_different_never_takes_its_name(tmp_path, monkeyp
     assert "EXIF read back different" in damaged(dropped("exif"))
     assert "ICC profile read back different" in damaged(dropped("icc_profile"))
     torn = damaged(lambda image, file, _: (image, Torn(file)))
-    assert "no space" in torn
+    assert "No space" in torn and " bytes were written" in torn
 
 
 class Torn(io.RawIOBase):
@@ -308,3 +310,43 @@ def test_a_large_result_is_written(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # 12 x 10 is more than twice that
     save_picture(Picture(noise()), tmp_path / "a.png")
     assert Image.MAX_IMAGE_PIXELS == 50 and (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.tif", "tagged.tif"])
+def test_a_large_result_of_any_format_is_written(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    save_picture(Picture(noise(), exif=exif().tobytes() if name.startswith("tagged") else b""), tmp_path / name)
+    assert (tmp_path / name).exists()
+
+
+def test_two_at_once_leave_the_settings_of_the_process(tmp_path, monkeypatch):
+    """The second begins before the first ends, and ends after it."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    filters = list(warnings.filters)
+    entered, both_in, first_done = threading.Event(), threading.Event(), threading.Event()
+    load, limits = ImageFile.ImageFile.load, []
+
+    def slow(image):
+        limits.append(Image.MAX_IMAGE_PIXELS)
+        if threading.current_thread().name == "first":
+            entered.set()
+            assert both_in.wait(60)
+        else:
+            both_in.set()
+            assert first_done.wait(60)
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", slow)
+    first, second = (
+        threading.Thread(target=save_picture, args=(Picture(noise()), tmp_path / f"{name}.png"), name=name)
+        for name in ("first", "second")
+    )
+    first.start()
+    assert entered.wait(60)
+    second.start()
+    first.join()
+    first_done.set()
+    second.join()
+    assert {path.name for path in tmp_path.iterdir()} == {"first.png", "second.png"}
+    assert set(limits) == {50} and Image.MAX_IMAGE_PIXELS == 50
+    assert list(warnings.filters) == filters

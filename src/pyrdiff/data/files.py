@@ -3,9 +3,6 @@
 import io
 import math
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +10,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from pyrdiff.parts.files import replacing
 
-from .images import MAX_PIXELS, BadImageError, naming_errors
+from .images import MAX_PIXELS, BadImageError, naming_errors, open_any_size, without_warnings
 
 READ = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # whose bits a channel are known before Pillow reduces them to 8
 WRITTEN = {
@@ -73,8 +70,7 @@ def open_picture(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Pictu
         BadImageError: when it cannot be read whole, has more than 8 bits a channel or several frames.
     """
     name = str(path)
-    with naming_errors(name), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with naming_errors(name), without_warnings():
         data = Path(path).read_bytes()
         if not data:
             raise BadImageError(name, "empty file")
@@ -201,8 +197,7 @@ def save_picture(picture: Picture, path: str | os.PathLike) -> list[str]:
         options["dpi"] = picture.dpi
     if kind == "TIFF" and not picture.exif:  # Pillow loses the EXIF of what it compresses
         options["compression"] = "tiff_lzw"
-    with replacing(path) as beside, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with replacing(path) as beside, without_warnings():
         try:
             if picture.exif:
                 options["exif"] = _picture_exif(_parsed(picture.exif)) if kind == "TIFF" else picture.exif
@@ -222,8 +217,11 @@ def _verify(path: Path, kind: str, image: Image.Image, exif: bytes, icc_profile:
         image.info["exif"] = exif
         image = ImageOps.exif_transpose(image)
         exif = _picture_exif(_parsed(exif), leave_out={TAG.Orientation})
-    with open(path, "rb") as file, _any_size():
-        back = Image.open(file, formats=[kind])
+    with open(path, "rb") as file:
+        back = open_any_size(file, [kind])
+        if kind == "TIFF":  # looks at the limit once more when it makes room for the pixels
+            stored = (back.tag_v2[TAG.ImageWidth], back.tag_v2[TAG.ImageLength])
+            back.im = Image.new(back.mode, stored).im
         back.load()
     same = {
         "pixels": (back.mode, back.size) == (image.mode, image.size)
@@ -234,13 +232,3 @@ def _verify(path: Path, kind: str, image: Image.Image, exif: bytes, icc_profile:
     wrong = [name for name, kept in same.items() if not kept]
     if wrong:
         raise OSError(f"{' and '.join(wrong)} read back different from what was written")
-
-
-@contextmanager
-def _any_size() -> Iterator[None]:
-    """Pillow's limit is for files of others; what we enlarged ourselves may be larger."""
-    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = before

@@ -6,9 +6,12 @@ import functools
 import importlib
 import io
 import os
+import struct
+import threading
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -94,6 +97,61 @@ def decode_image(
         file = io.BytesIO(source) if isinstance(source, bytes) else source
         with Image.open(file, formats=_formats()) as image:
             return _decode(image, channels, background, max_pixels, name)
+
+
+def open_any_size(file: BinaryIO, formats: Sequence[str]) -> Image.Image:
+    """
+    `Image.open` without Pillow's limit on pixels. The limit is a setting of the whole process, where other threads read
+    files of strangers at the same time: it stays as it is. Nothing is decoded yet.
+
+    Args:
+        file: The file, at its beginning.
+        formats: Those to try, as Pillow names them.
+
+    Raises:
+        UnidentifiedImageError: if it is none of these.
+    """
+    Image.init()
+    prefix = file.read(16)
+    for factory, accepts in (Image.OPEN[name] for name in formats):
+        accepted = accepts is None or accepts(prefix)
+        if accepted and not isinstance(accepted, str):  # a string says what is missing
+            file.seek(0)
+            with contextlib.suppress(
+                SyntaxError, IndexError, TypeError, struct.error
+            ):  # as Pillow has it: not this one
+                return factory(file, "")
+    raise UnidentifiedImageError(f"expected one of {', '.join(formats)}")
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """
+    In the block, Python's warnings are off. Blocks of several threads may overlap: `warnings.catch_warnings` alone would
+    then leave them off for good.
+    """
+    with _warnings.lock:
+        _warnings.blocks += 1
+        if _warnings.blocks == 1:
+            _warnings.before.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+    try:
+        yield
+    finally:
+        with _warnings.lock:
+            _warnings.blocks -= 1
+            if _warnings.blocks == 0:
+                _warnings.before.close()
+
+
+class _Warnings:
+    """How many blocks have warnings off, and what was before the first one."""
+
+    def __init__(self):
+        self.lock, self.blocks, self.before = threading.Lock(), 0, contextlib.ExitStack()
+
+
+_warnings = _Warnings()
 
 
 @contextmanager

@@ -1,18 +1,15 @@
 """Pictures of users: read in the form that a model takes, or refused in a sentence."""
 
-import threading
-import warnings
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pyrdiff.data import BadImageError, Picture, open_picture
 from pyrdiff.data.files import READ
+from pyrdiff.data.images import open_any_size, without_warnings
 
 MAX_FILE_MB = 64
 MODES = {1: "L", 3: "RGB"}  # by channels
-
-_header_lock = threading.Lock()
 
 
 def read_picture(path: str | None, channels: int, max_pixels: int) -> tuple[Image.Image, list[str]]:
@@ -81,17 +78,14 @@ def _upright(image: Image.Image, exif: bytes, notes: list[str]) -> Image.Image:
 
 def _header_size(path: str) -> tuple[int, int]:
     """(width, height) from the header of an image file of any size; nothing is decoded."""
-    with _header_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            with Image.open(path, formats=READ) as image:
-                return image.size
-        except OSError as error:
-            if error.errno is not None:
-                raise
-            raise BadImageError(path, f"not an image; expected one of {', '.join(READ)}") from error
-        except Exception as error:
-            raise BadImageError(path, f"damaged ({error})") from error
-        finally:
-            Image.MAX_IMAGE_PIXELS = before
+    try:
+        with without_warnings(), open(path, "rb") as file:
+            return open_any_size(file, READ).size
+    except UnidentifiedImageError as error:
+        raise BadImageError(path, f"not an image; expected one of {', '.join(READ)}") from error
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        raise BadImageError(path, f"damaged ({error})") from error
+    except Exception as error:
+        raise BadImageError(path, f"damaged ({error})") from error
