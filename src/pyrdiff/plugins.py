@@ -18,6 +18,9 @@ class Method:
         summary: One line for `--help`.
         settings: Dataclass of the method's flags; a `TrainingSettings`, whose `_check` is there for subclasses.
         model: f(settings, channels) -> the network.
+        adopt: f(settings, channels, class name, config) -> the network that can begin with the weights of another,
+            whose class and config these are; `ValueError` if there is none. Without it a run begins only with the
+            weights of a network that is built as its own.
         scheduler: f(settings, images) -> the noise schedule that it is trained with; `images` are `ImageLevels`.
         loss: f(network, scheduler, settings, batch, draws) -> scalar; `batch` holds images [B, C, H, W] in [-1, 1].
         pipeline: f(settings, network, scheduler, images) -> the pipeline to sample with and to publish. Its constructor
@@ -49,6 +52,7 @@ class Method:
     preview: Callable
     first: Callable | None = None
     finish: Callable | None = None
+    adopt: Callable | None = None
     tune: Callable | None = None
     classes: Callable[[], tuple[type, ...]] = tuple
     limits: str = ""

@@ -30,6 +30,8 @@ ABSENT = (None, [None, None])  # in the index, for a component that the pipeline
 LARGEST_NUMBER = 100_000  # a whole number in a config
 MOST_MODULES = 5_000  # inside a network
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
+STOCK = {"DDPMPipeline": "PyramidalPipeline", "DDIMPipeline": "PyramidalPipeline"}  # of diffusers: what samples theirs
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # of diffusers before 0.15
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -56,6 +58,11 @@ class Component:
     def config_file(self) -> Path:
         return self.folder / self.cls.config_name
 
+    @property
+    def parameters(self) -> int:
+        """Of a network, how many numbers it has."""
+        return sum(map(math.prod, self.shapes.values()))
+
 
 class SavedPipeline(NamedTuple):
     """What the index and the configs of a folder say: the pipeline's class, the index, and the components it has."""
@@ -76,7 +83,7 @@ class SavedPipeline(NamedTuple):
 
     def parameters(self) -> dict[str, int]:
         """{network: how many numbers it has}."""
-        return {name: sum(map(math.prod, network.shapes.values())) for name, network in self.networks().items()}
+        return {name: network.parameters for name, network in self.networks().items()}
 
 
 def load(
@@ -95,7 +102,8 @@ def load(
     Loads an exported pipeline with the classes of installed methods: code in the folder is neither fetched nor run, and
     weights are safetensors only.
 
-    Class names are looked up among those of pyrdiff, of installed plugins and of diffusers; configs are checked against
+    Class names are looked up among those of pyrdiff, of installed plugins and of diffusers; a `DDPMPipeline` or
+    `DDIMPipeline` of diffusers becomes a `PyramidalPipeline` of one level. Configs are checked against
     their signatures, and shapes of weights against the network that the config describes, before weights are read.
 
     Args:
@@ -135,7 +143,7 @@ def load(
         raise ValueError(f"path_or_repo={str(path_or_repo)!r}: expected an exported pipeline, with {INDEX} in it")
     saved = read_folder(folder)
     chosen = saved.pipeline_class if pipeline_class is None else pipeline_named(pipeline_class, "pipeline_class")
-    missing = set(chosen._get_signature_keys(chosen)[0]) - set(saved.index)
+    missing = set(chosen._get_signature_keys(chosen)[0]) - set(saved.index) - set(chosen._optional_components)
     if missing:
         asked = "" if pipeline_class is None else f"pipeline_class={pipeline_class!r}: "
         raise ValueError(f"{asked}{folder / INDEX} of {saved.pipeline_class.__name__} has no {sorted(missing)}")
@@ -164,7 +172,7 @@ def read_folder(folder: Path) -> SavedPipeline:
     components = {}
     for name in sorted(set(pipeline_class._get_signature_keys(pipeline_class)[0]) & set(index)):
         if index[name] not in ABSENT:
-            components[name] = _read_component(folder, name, index[name])
+            components[name] = read_component(folder, name, index[name])
     saved = SavedPipeline(folder, pipeline_class, index, components)
     named = index_entries(pipeline_class, saved.classes_with_code()).get("auto_map")
     if "auto_map" in index and index["auto_map"] != named:
@@ -175,6 +183,7 @@ def read_folder(folder: Path) -> SavedPipeline:
 def pipeline_named(name: object, where: str) -> type:
     """The pipeline of an installed method that has this name."""
     known = {key: cls for key, cls in plugins.classes().items() if issubclass(cls, DiffusionPipeline)}
+    name = STOCK.get(name, name) if isinstance(name, str) else name
     if not isinstance(name, str) or name not in known:
         raise ValueError(
             f"{where} is {shown(name)}; expected a pipeline of an installed method, one of {sorted(known)} "
@@ -183,9 +192,10 @@ def pipeline_named(name: object, where: str) -> type:
     return known[name]
 
 
-def _read_component(folder: Path, name: str, entry: object) -> Component:
+def read_component(folder: Path, name: str, entry: object) -> Component:
+    """The component in the folder `name`, which the index calls [module, class]; checked as far as its config goes."""
     cls = _component_class(folder, name, entry)
-    path = inside(folder, f"{name}/{cls.config_name}")
+    path = inside(folder, str(Path(name, cls.config_name)))
     config = read_config(path)
     check_keys(path, config, cls)
     component = Component(cls, folder / name, {key: value for key, value in config.items() if not key.startswith("_")})
@@ -351,6 +361,8 @@ def check_weights(network: Component, variant: str | None = None) -> None:
                     saved[key] = (path, tuple(tensor.get_shape()), tensor.get_dtype())
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{path}: expected safetensors: {in_one_line(error)}") from error
+    names = current_names(network)
+    saved = {names.get(key, key): value for key, value in saved.items()}
     config = network.cls.config_name
     for text, keys in (("lacks", set(network.shapes) - set(saved)), ("has unknown", set(saved) - set(network.shapes))):
         if keys:
@@ -366,12 +378,29 @@ def check_weights(network: Component, variant: str | None = None) -> None:
             raise ValueError(f"{path}: {key} has numbers of the type {kind}; expected {wanted} ones")
 
 
+def current_names(network: Component) -> dict[str, str]:
+    """{name: today's name} of the tensors that diffusers once called otherwise, and renames when it loads them."""
+    names = {}
+    for key in network.shapes:
+        for old, new in OLD_ATTENTION.items():
+            before, found, after = key.rpartition(f".{new}.")
+            if found and ".attentions." in key:
+                names[f"{before}.{old}.{after}"] = key
+    return names
+
+
 def weight_files(network: Component, variant: str | None = None) -> list[Path]:
     """The weight files of a network: one, or the shards that an index lists."""
     folder = network.folder
     single = f"{WEIGHTS}.safetensors" if variant is None else f"{WEIGHTS}.{variant}.safetensors"
     index_name = f"{WEIGHTS}.safetensors.index." + ("json" if variant is None else f"{variant}.json")
     if not (folder / index_name).exists():
+        pickled = folder / f"{WEIGHTS}.bin"
+        if pickled.exists() and not (folder / single).exists():
+            raise ValueError(
+                f"{pickled}: a pickle, which can run code when it is read; expected {single}. Where you trust it, "
+                f"{network.cls.__name__}.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r}) converts it"
+            )
         return [inside(folder, single)]
     if (folder / single).exists():
         raise ValueError(f"{folder}: has both {index_name} and {single}; expected one of them")

@@ -123,16 +123,16 @@ class Repository:
         Patterns of the weight files of networks.
 
         Args:
-            parameters: {folder of a network: how many numbers it has by its config}.
+            parameters: {folder of a network, "" for the repository itself: how many numbers it has by its config}.
 
         Raises:
             ValueError: if the files of a network are far larger than it.
         """
         if self.sizes is None:
-            return [f"{name}/*.safetensors" for name in parameters]
+            return [f"{name}/*.safetensors".lstrip("/") for name in parameters]
         wanted = []
         for name, count in parameters.items():
-            paths = [path for path in self.sizes if re.fullmatch(rf"{name}/[^/]+\.safetensors", path)]
+            paths = [path for path in self.sizes if re.fullmatch(rf"{name}/[^/]+\.safetensors".lstrip("/"), path)]
             size, most = sum(self.sizes[path] or 0 for path in paths), 16 * count + 2**21
             if size > most:
                 raise ValueError(

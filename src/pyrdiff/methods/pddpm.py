@@ -1,5 +1,6 @@
 """Pyramidal DDPM (paper P): one coordinate-conditioned UNet for all resolutions, sampled from coarse to fine."""
 
+import inspect
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,13 +73,51 @@ def build_model(settings: PyramidalSettings, channels: int):
     if overrides:
         _check_channels(settings.block_out_channels, PRESETS[settings.preset])
     network = CoordinateUNet2DModel.from_preset(
-        settings.preset,
-        image_channels=channels,
-        use_coordinates=settings.use_coordinates,
-        resolutions=tuple(size[0] if size[0] == size[1] else size for size in settings.sizes),
-        noise_window=settings.noise_window if len(settings.sizes) > 1 else 1.0,
-        **overrides,
+        settings.preset, image_channels=channels, **_of_the_data(settings), **overrides
     )
+    _check_sizes(settings, network, f"preset={settings.preset!r}")
+    return network
+
+
+def adopt(settings: PyramidalSettings, channels: int, class_name: str | None, config: dict):
+    """
+    The network that begins with the weights of a `UNet2DModel` or of one of ours: its architecture, with the channels
+    for coordinates and what the settings say of the data.
+    """
+    from diffusers import UNet2DModel
+
+    from pyrdiff.models import CoordinateUNet2DModel
+
+    if class_name not in (None, UNet2DModel.__name__, CoordinateUNet2DModel.__name__):
+        raise ValueError(f"a {class_name}; expected a UNet2DModel or a CoordinateUNet2DModel")
+    its_channels = config.get("image_channels", config.get("in_channels"))
+    if its_channels != channels:
+        raise ValueError(f"a network for images of {its_channels} channels; expected image_channels={its_channels}")
+    if config.get("out_channels") != channels:
+        raise ValueError(f"it predicts {config.get('out_channels')} channels of {channels}; expected as many")
+    if config.get("num_class_embeds") or config.get("class_embed_type"):
+        raise ValueError("a network that takes class labels; expected one without")
+    if settings.block_out_channels not in (None, tuple(config["block_out_channels"])):
+        raise ValueError(f"block_out_channels={tuple(config['block_out_channels'])}; expected none beside it, or these")
+    own = inspect.signature(CoordinateUNet2DModel.__init__).parameters
+    taken = {name: config[name] for name in own if name in config}
+    for name in ("in_channels", "sample_size"):
+        taken.pop(name, None)
+    network = CoordinateUNet2DModel(**{**taken, "image_channels": channels, **_of_the_data(settings)})
+    _check_sizes(settings, network, f"init_from={settings.init_from!r}")
+    return network
+
+
+def _of_the_data(settings: PyramidalSettings) -> dict:
+    """Settings of the network that do not shape its weights, but for the channels of coordinates."""
+    return {
+        "use_coordinates": settings.use_coordinates,
+        "resolutions": tuple(size[0] if size[0] == size[1] else size for size in settings.sizes),
+        "noise_window": settings.noise_window if len(settings.sizes) > 1 else 1.0,
+    }
+
+
+def _check_sizes(settings: PyramidalSettings, network, why: str) -> None:
     multiple = 2 ** (len(network.config.block_out_channels) - 1)
     seen = settings.sizes
     if settings.patch_size is not None:
@@ -87,9 +126,8 @@ def build_model(settings: PyramidalSettings, channels: int):
         if height % multiple or width % multiple:
             raise ValueError(
                 f"resolution {height}x{width}: expected sides that are multiples of {multiple}, since this network "
-                f"halves them {len(network.config.block_out_channels) - 1} times (preset={settings.preset!r})"
+                f"halves them {len(network.config.block_out_channels) - 1} times ({why})"
             )
-    return network
 
 
 def _check_channels(channels: tuple[int, ...], preset: dict) -> None:
@@ -245,6 +283,7 @@ METHOD = Method(
     summary="Pyramidal DDPM: train one network at several resolutions, sample from coarse to fine.",
     settings=PyramidalSettings,
     model=build_model,
+    adopt=adopt,
     scheduler=build_scheduler,
     loss=loss,
     pipeline=build_pipeline,

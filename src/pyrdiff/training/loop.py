@@ -30,17 +30,19 @@ from .lock import FolderLock
 from .losses import Draws
 from .outcomes import Launched, Outcome, launched
 from .settings import TrainingDiverged, TrainingSettings, TrainingStopped
+from .starting import Start, open_start
 from .stopping import TIME_IS_UP, Budget, Signals, Stopwatch
 
 MAX_OVERFLOWS = 30  # in a row: the factor of fp16 begins at 2**16 and is halved at each
 
 
 class Stage(NamedTuple):
-    """A method to train, its settings, and the folder of its run."""
+    """A method to train, its settings, the folder of its run, and the trained network that it begins with, if any."""
 
     method: Method
     settings: TrainingSettings
     folder: Path
+    start: Start | None = None
 
 
 class Surroundings(NamedTuple):
@@ -138,12 +140,22 @@ def _stages(method: Method, settings: TrainingSettings) -> list[Stage]:
     folder = Path(settings.output_dir)
     first = method.first(settings) if method.first is not None else None
     before = [] if first is None else [Stage(*first, folder / first[0].name)]
-    return [*before, Stage(method, settings, folder)]
+    start = None
+    if settings.init_from is not None:
+        if first is not None:
+            raise ValueError(f"init_from={settings.init_from!r}: expected none; {method.name} trains two networks")
+        start = open_start(settings.init_from, method.name)
+    return [*before, Stage(method, settings, folder, start)]
 
 
 def _network(stage: Stage) -> torch.nn.Module:
     torch.manual_seed(stage.settings.seed)
-    return stage.method.model(stage.settings, stage.settings.image_channels)
+    method, settings, start = stage.method, stage.settings, stage.start
+    if start is None:
+        return method.model(settings, settings.image_channels)
+    network = start.network(method, settings)
+    start.copy_into(network)
+    return network
 
 
 def _batches(settings: TrainingSettings, accelerator: Accelerator) -> MultiScaleBatches:
@@ -202,12 +214,15 @@ class Run:
     """
 
     def __init__(self, stage: Stage, network: torch.nn.Module, surroundings: Surroundings, given: str | None = None):
-        self.method, self.settings, _ = stage
+        self.method, self.settings = stage.method, stage.settings
         self.accelerator, self.batches, self.watch, self.repo_id, self.locks = surroundings
         self.images = self.batches.images
         self.scheduler = self.method.scheduler(self.settings, self.images)
+        if stage.start is not None:
+            stage.start.check_scheduler(self.scheduler)
         self.pipeline = self.method.pipeline(self.settings, network, self.scheduler, self.images)
         self.identity = self._identity(network, given)
+        self.identity["start"] = None if stage.start is None else stage.start.digest()
         self.folder = RunFolder(stage.folder, self.settings, self.locks.get(stage.folder))
         self.learner = Learner(network, self.settings, self.accelerator)
         self.budget = Budget(self.watch, self.settings.minutes)

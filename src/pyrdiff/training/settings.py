@@ -42,6 +42,9 @@ class TrainingSettings:
     """Its image column; by default the only one."""
     array_key: str | None = None
     """The array to take from an .npz file; by default the only one of images, or x_train."""
+    init_from: str | None = None
+    """Begin with the weights of a trained network instead of random ones: folder or repository of a pipeline (of this
+    method or stock diffusion), a finished training, a checkpoint folder or a bundled model. Its architecture stays."""
     output_dir: str = "runs/model"
     """Checkpoints, samples, log.jsonl, and the finished pipeline in its folder `pipeline`."""
     resolution: tuple[str, ...] = ("64",)
