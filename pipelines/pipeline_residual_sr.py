@@ -139,6 +139,8 @@ class ResidualSRPipeline(SamplingPipeline, DiffusionPipeline):
         The images [B, C, h, w] at another size (height, width), float32: bicubic with Pillow's kernel, also where it
         makes them smaller. Not clamped. What the training residuals are relative to.
         """
+        if size[1] == 1:  # torch 2.13 mixes up the rows of images that become one pixel wide
+            return F.interpolate(low.float().mT.contiguous(), size[::-1], mode="bicubic", antialias=True).mT
         return F.interpolate(low.float(), size, mode="bicubic", antialias=True)
 
     def cost(
