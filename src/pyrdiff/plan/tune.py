@@ -129,14 +129,14 @@ def candidates(pipeline) -> list[dict]:
         plan = pipeline.plan(plan={**alone, "start_strength": start, "scheduler": SDE})
         return [int(time) for time in plan.levels[0].timesteps]
 
-    start, later = _starts(pipeline)
+    start = _start(pipeline)
     if count == 1:
         return [
             {"num_inference_steps": calls, "start_strength": one, "scheduler": SDE}
             for calls in (8, 12, 16, 20, 30, 40)
-            for one in sorted({start, later})
+            for one in sorted({start, 1.0})
         ]
-    variants = ((TIMES, 20, start, SDE), (HIGHER, 20, start, SDE), (TIMES, 30, later, SDE), (TIMES, 20, start, ODE))
+    variants = ((TIMES, 20, start, SDE), (HIGHER, 20, start, SDE), (TIMES, 30, 1.0, SDE), (TIMES, 20, start, ODE))
     found = []
     for middle, top in CALLS if count > 2 else sorted({(top, top) for _, top in CALLS}):
         for times, calls, begin, solver in variants:
@@ -146,11 +146,11 @@ def candidates(pipeline) -> list[dict]:
     return sorted(found, key=lambda plan: pipeline.plan(plan=plan).nfe_eq)
 
 
-def _starts(pipeline) -> tuple[float, float]:
-    """Two shares of the noise process to start the lowest level from: what a plan of the pipeline has, and less."""
+def _start(pipeline) -> float:
+    """The share of the noise process that plans of the pipeline start from in the colours of the data, if they do."""
     plans = (pipeline.config.plans or {}).values()
     start = min((plan.get("start_strength", 1.0) for plan in plans), default=1.0)
-    return (start, 0.85 * start) if pipeline.config.colors else (1.0, 1.0)
+    return start if pipeline.config.colors else 1.0
 
 
 def tune(
