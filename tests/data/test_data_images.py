@@ -7,9 +7,9 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
-from pyrdiff.data import BadImageError, decode_image, fit_image, list_images, open_source
+from pyrdiff.data import BadImageError, ImageLevels, decode_image, fit_image, list_images, open_source
 
 
 def png_bytes(image: Image.Image, **options) -> bytes:
@@ -340,3 +340,100 @@ def test_folder_key_follows_its_files(tmp_path):
     stat = path.stat()
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     assert open_source(tmp_path).key() != key
+
+
+def profile_of(primaries: list[tuple[float, float, float]], gamma: float) -> bytes:
+    """An ICC profile of red, green and blue (XYZ under D50) and one gamma; a gray one where there are no primaries."""
+
+    def xyz(values) -> bytes:
+        return b"XYZ \0\0\0\0" + b"".join(struct.pack(">i", round(value * 65536)) for value in values)
+
+    text = "made by a test".encode("utf-16-be")
+    told = b"mluc\0\0\0\0" + struct.pack(">II", 1, 12) + b"enUS" + struct.pack(">II", len(text), 28) + text
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
+    tags = [(b"desc", told), (b"cprt", told), (b"wtpt", xyz((0.9642, 1.0, 0.8249)))]
+    tags += [(name + b"XYZ", xyz(one)) for name, one in zip((b"r", b"g", b"b"), primaries, strict=bool(primaries))]
+    tags += [(name + b"TRC", curve) for name in ((b"r", b"g", b"b") if primaries else (b"k",))]
+    table, data, offset = b"", b"", 132 + 12 * len(tags)
+    for name, body in tags:
+        body += b"\0" * (-len(body) % 4)
+        table += name + struct.pack(">II", offset + len(data), len(body))
+        data += body
+    head = struct.pack(
+        ">I4sI4s4s4s", offset + len(data), b"", 0x04300000, b"mntr", b"RGB " if primaries else b"GRAY", b"XYZ "
+    )
+    head += struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp" + bytes(28) + struct.pack(">iii", 63190, 65536, 54061)
+    return head.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + data
+
+
+DISPLAY_P3 = profile_of([(0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407)], 2.2)
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colours_are_converted_to_srgb(mode):
+    """(183, 72, 54) of Display P3 is (200, 60, 40) of sRGB."""
+    image = Image.new("RGB", (4, 4), (183, 72, 54)).convert(mode, palette=Image.Palette.ADAPTIVE)
+    decoded = decode_image(png_bytes(image, icc_profile=DISPLAY_P3), 3)
+    assert np.abs(np.asarray(decoded).astype(int) - (200, 60, 40)).max() <= 3
+    assert decoded.info["notes"] == ["colours converted to sRGB, by the ICC profile"]
+    gray = decode_image(png_bytes(image, icc_profile=DISPLAY_P3), 1)
+    assert abs(gray.getpixel((0, 0)) - 99.6) <= 3  # the luma of (200, 60, 40)
+
+
+def test_an_image_of_srgb_is_left_as_it_is():
+    for channels in (3, 1):
+        image = Image.fromarray(noise(channels=channels))
+        decoded = decode_image(png_bytes(image, icc_profile=SRGB), channels)
+        assert decoded.tobytes() == image.tobytes() and decoded.info["notes"] == []
+
+
+def test_a_gray_profile_and_one_that_is_none():
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
+    linear = np.asarray(decode_image(png_bytes(ramp, icc_profile=profile_of([], 1.0)), 1))[0]
+    x = np.arange(256) / 255
+    expected = 255 * np.where(x <= 0.0031308, 12.92 * x, 1.055 * x ** (1 / 2.4) - 0.055)
+    assert np.abs(linear - expected)[8:].max() <= 2
+    for profile in (b"damaged", SRGB[:200], profile_of([], 1.0)):
+        decoded = decode_image(png_bytes(Image.fromarray(noise()), icc_profile=profile), 3)
+        assert np.array_equal(decoded, noise())
+        assert decoded.info["notes"] == ["the ICC profile cannot be used, and colours are taken as sRGB"]
+
+
+def test_the_gamma_of_a_png_counts():
+    data = png_bytes(Image.fromarray(np.arange(256, dtype=np.uint8)[None]))
+
+    def with_chunk(kind: bytes, body: bytes) -> bytes:
+        return (
+            data[:33]
+            + struct.pack(">I", len(body))
+            + kind
+            + body
+            + struct.pack(">I", zlib.crc32(kind + body))
+            + data[33:]
+        )
+
+    linear = decode_image(with_chunk(b"gAMA", struct.pack(">I", 100_000)), 1)
+    assert [linear.getpixel((value, 0)) for value in (0, 55, 128, 255)] == [0, 128, 188, 255]
+    assert linear.info["notes"] == ["colours converted to sRGB, by the gamma of the PNG (gAMA)"]
+    usual = decode_image(with_chunk(b"gAMA", struct.pack(">I", 45_455)), 1)
+    assert np.array_equal(usual, np.arange(256)[None]) and usual.info["notes"] == []
+
+
+def test_values_of_12_bits_in_16_are_said(caplog):
+    deep = Image.fromarray(np.linspace(0, 4095, 48).reshape(6, 8).astype(np.uint16))
+    (note,) = decode_image(deep, 1).info["notes"]
+    assert "12 bits only, up to 4095 of 65535" in note and "multiply them by 16" in note
+    assert decode_image(Image.fromarray(np.asarray(deep) * 16), 1).info["notes"] == []
+
+
+def test_levels_say_what_was_converted(tmp_path, caplog):
+    Image.fromarray(noise()).save(tmp_path / "a.png")
+    for name in ("b.png", "c.png"):
+        Image.fromarray(noise()).save(tmp_path / name, icc_profile=DISPLAY_P3)
+    note = "colours converted to sRGB, by the ICC profile"
+    for _ in range(2):  # made, and found in the cache
+        caplog.clear()
+        levels = ImageLevels.build(tmp_path, [8], cache_dir=tmp_path / ".cache")
+        assert levels.notes == {note: (2, str(tmp_path / "b.png"))}
+        assert caplog.messages == [f"2 of 3 images, {tmp_path / 'b.png'} the first: {note}"]

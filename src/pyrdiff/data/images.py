@@ -17,8 +17,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .srgb import to_srgb
+
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte as 24-bit RGB
 WHITE = (255, 255, 255)
+FEW_BITS = 14  # 16-bit values that need no more come from a sensor of so many bits, most likely
 
 # Pillow identifies these but cannot decode them without further programs; EPS would run Ghostscript on what is read.
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -62,11 +65,13 @@ def decode_image(
     max_pixels: int = MAX_PIXELS,
     name: str | None = None,
 ) -> Image.Image:
-    """Decode one image fully, upright, opaque and with 8 bits a channel.
+    """Decode one image fully, upright, opaque, in sRGB and with 8 bits a channel.
 
     The EXIF orientation is applied. Transparency of any kind is composited on `background`, and whether there was any
     (a pixel that is not fully opaque) is said in `info["composited"]` of the result. Integer pixels of more than 8 bits
-    are read as 16 bits, 0..65535, and divided by 257. The first of several frames is taken. Colour profiles are unused.
+    are read as 16 bits, 0..65535, and divided by 257. The first of several frames is taken. Colours of another ICC
+    profile, or another gamma (PNG), are converted to sRGB. `info["notes"]` of the result is a list of phrases: what was
+    converted, what could not be, and values that look as if they had another range.
 
     Args:
         source: A path, the bytes of an image file, or a Pillow image (left as it is).
@@ -127,8 +132,8 @@ def open_any_size(file: BinaryIO, formats: Sequence[str]) -> Image.Image:
 @contextmanager
 def without_warnings() -> Iterator[None]:
     """
-    In the block, Python's warnings are off. Blocks of several threads may overlap: `warnings.catch_warnings` alone would
-    then leave them off for good.
+    In the block, Python's warnings are off. Blocks of several threads may overlap: `warnings.catch_warnings` alone
+    would then leave them off for good.
     """
     with _warnings.lock:
         _warnings.blocks += 1
@@ -226,29 +231,42 @@ def _decode(image: Image.Image, channels: int, background: tuple, max_pixels: in
     image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise BadImageError(name, "float pixels (mode 'F') have no defined range")
+    notes: list[str] = []
     if image.mode.startswith("I"):
-        image = _to_8_bits(image, name)
-    composited = False
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        alpha = image.getchannel("A")
-        composited = alpha.getextrema()[0] < 255
-        opaque = Image.new("RGB", image.size, background)
-        opaque.paste(image.convert("RGB"), mask=alpha)
-        image = opaque
+        image = _to_8_bits(image, name, notes)
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    image = to_srgb(_opaque(image), notes)
+    composited = alpha is not None and alpha.getextrema()[0] < 255
+    if composited:
+        laid = Image.new("RGB", image.size, background)
+        laid.paste(image.convert("RGB"), mask=alpha)
+        image = laid
     if channels == 1 and image.mode not in ("L", "1"):
         image = image.convert("RGB")  # what is neither gray nor RGB (CMYK, LAB, …) has no direct way to gray
     image = image.convert("RGB" if channels == 3 else "L")
-    image.info["composited"] = composited
+    image.info["composited"], image.info["notes"] = composited, notes
     return image
 
 
-def _to_8_bits(image: Image.Image, name: str) -> Image.Image:
+def _opaque(image: Image.Image) -> Image.Image:
+    """The colours without their transparency, in a mode that profiles are of where there is one."""
+    mode = {"1": "L", "LA": "L", "La": "L", "RGBX": "RGB", "RGBA": "RGB", "RGBa": "RGB", "P": "RGB", "PA": "RGB"}
+    return image.convert(mode.get(image.mode, image.mode)) if image.mode in mode else image.copy()
+
+
+def _to_8_bits(image: Image.Image, name: str, notes: list[str]) -> Image.Image:
     """Modes "I" and "I;16…" with values in 0..65535 to "L", or "LA" where one value is marked as transparent."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise BadImageError(name, f"integer pixels in {values.min()}..{values.max()}: expected 0..65535")
+    bits = int(values.max()).bit_length()
+    if 0 < bits <= FEW_BITS:
+        notes.append(
+            f"16-bit values that use {bits} bits only, up to {2**bits - 1} of 65535, so the image is dark; to use the "
+            f"full range multiply them by {2 ** (16 - bits)}"
+        )
     gray = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+    gray.info = {key: value for key, value in image.info.items() if key != "transparency"}
     if "transparency" in image.info:
         gray.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
     return gray

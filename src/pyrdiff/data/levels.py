@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from .sources import ImageSource, open_source
 
 logger = logging.getLogger(__name__)
 
-CACHE_FORMAT = 1  # raised when the same key would give other files
+CACHE_FORMAT = 2  # raised when the same key would give other files
 HASH_ROWS = 1024
 
 
@@ -37,6 +37,7 @@ class ImageLevels:
         bad: (name, reason) of each image that was left out.
         composited: How many of the N had transparency, which was composited on the background.
         enlarged: How many of the N are smaller than the highest level in height or width.
+        notes: {what was converted or looks wrong: (how many of the N, the name of the first)}; see `decode_image`.
         fingerprint: SHA-256 over sizes, channels and the pixels of the highest level.
 
     Raises:
@@ -52,6 +53,7 @@ class ImageLevels:
         composited: int = 0,
         enlarged: int = 0,
         fingerprint: str | None = None,
+        notes: Mapping[str, Sequence] | None = None,
     ):
         self.sizes = check_sizes(sizes)
         self.arrays = list(arrays)
@@ -59,6 +61,7 @@ class ImageLevels:
         self.bad = list(bad)
         self.composited = composited
         self.enlarged = enlarged
+        self.notes = {note: tuple(count_and_name) for note, count_and_name in (notes or {}).items()}
         if len(self.arrays) != len(self.sizes):
             raise ValueError(f"arrays: {len(self.arrays)}; expected one for each of the {len(self.sizes)} sizes")
         channels = self.arrays[0].shape[-1]
@@ -145,7 +148,10 @@ class ImageLevels:
             raise _stopped(*bad[0])
         left_out = {index for index, _ in record["bad"]}
         names = [name for index, name in enumerate(source.names) if index not in left_out]
-        return cls(sizes, arrays, names, bad, record["composited"], record["enlarged"], record["fingerprint"])
+        for note, (count, first) in record["notes"].items():
+            logger.warning("%d of %d images, %s the first: %s", count, len(names), first, note)
+        told = {key: record[key] for key in ("composited", "enlarged", "fingerprint", "notes")}
+        return cls(sizes, arrays, names, bad, **told)
 
 
 def check_sizes(sizes: Sequence[int | tuple[int, int]]) -> list[tuple[int, int]]:
@@ -207,7 +213,7 @@ class _Reading:
 
     def run(self, writers: list, on_bad_image: str) -> dict:
         """Write the levels of every good image, in the order of the source; say how it went."""
-        record = {"bad": [], "composited": 0, "enlarged": 0}
+        record = {"bad": [], "composited": 0, "enlarged": 0, "notes": {}}
         for index, result in enumerate(self._results()):
             if isinstance(result, BadImageError):
                 if on_bad_image == "stop":
@@ -215,7 +221,10 @@ class _Reading:
                 logger.warning("skipped %s: %s", result.name, result.reason)
                 record["bad"].append([index, result.reason])
                 continue
-            levels, composited, enlarged = result
+            levels, composited, enlarged, notes = result
+            for note in notes:
+                count, first = record["notes"].get(note, (0, self.source.names[index]))
+                record["notes"][note] = [count + 1, first]
             record["composited"] += composited
             record["enlarged"] += enlarged
             for writer, level in zip(writers, levels, strict=True):
@@ -236,8 +245,8 @@ class _Reading:
                     yield result
                     bar.update()
 
-    def _read(self, index: int) -> tuple[list[np.ndarray], bool, bool] | BadImageError:
-        """The levels of one image, whether it was composited, whether enlarged; or what is wrong with it."""
+    def _read(self, index: int) -> tuple[list[np.ndarray], bool, bool, list[str]] | BadImageError:
+        """The levels of one image, whether it was composited, whether enlarged, its notes; or what is wrong with it."""
         name = self.source.names[index]
         try:
             image = decode_image(self.source.read(index), self.channels, self.background, self.max_pixels, name)
@@ -248,7 +257,7 @@ class _Reading:
         if enlarged and not self.allow_enlarging:
             return BadImageError(name, f"{image.height}x{image.width} pixels, smaller than {height}x{width}")
         levels = [np.asarray(fit_image(image, *size)).reshape(*size, self.channels) for size in self.sizes]
-        return levels, image.info["composited"], enlarged
+        return levels, image.info["composited"], enlarged, image.info["notes"]
 
 
 class _ArrayWriter:
@@ -322,7 +331,7 @@ def _load(folder: Path, reading: _Reading) -> tuple[dict, list[np.ndarray]] | No
             fits &= array.dtype == np.uint8 and array.shape == (record["count"], *size, reading.channels)
         if not fits:
             raise ValueError("its files do not fit together")
-        return {name: record[name] for name in ("bad", "composited", "enlarged", "fingerprint")}, arrays
+        return {name: record[name] for name in ("bad", "composited", "enlarged", "fingerprint", "notes")}, arrays
     except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
         logger.warning("cache %s is damaged (%s) and is made anew", folder, error)
         return None
