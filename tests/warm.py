@@ -156,6 +156,20 @@ def run(
     return subprocess.CompletedProcess(process.pid, code, *said)
 
 
+class Forks:
+    """In place of the module `subprocess`, where code starts `python -c CODE ARGUMENTS` without some packages."""
+
+    TimeoutExpired = subprocess.TimeoutExpired
+
+    @staticmethod
+    def run(command: list[str], *, env: dict, cwd: str, timeout: float, **_) -> subprocess.CompletedProcess:
+        """The last arguments are the packages; see `pyrdiff.hub.checking.load_elsewhere`."""
+        python, option, code, folder, *packages = command
+        if (python, option) != (sys.executable, "-c"):
+            raise ValueError(f"command={command}: expected [{sys.executable!r}, '-c', ...]")
+        return run(code, folder, *packages, without=packages, env=env, cwd=cwd, timeout=timeout)
+
+
 def pyrdiff(*arguments, **options) -> subprocess.CompletedProcess:
     """The command line: what `pyrdiff ARGUMENTS` prints and how it ends."""
     return run("from pyrdiff.cli import main; main()", *arguments, **options)

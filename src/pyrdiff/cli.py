@@ -157,6 +157,8 @@ def _read_settings(path: str) -> dict:
 
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError(f"--config: {path!r} is nested too deeply; expected names and values") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"--config: {path!r} cannot be read as YAML or JSON: {error}") from error
     if not isinstance(values, dict):

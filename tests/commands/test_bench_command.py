@@ -261,7 +261,7 @@ def test_arms_are_timed_in_turn_after_a_warm_up_and_apart_from_scoring(run, tmp_
         ("pyramid", "--reference real --arms ours.json", r"--arms: 'mine' has \['generator'\]"),
         ("pyramid", "--reference real --arms wrong.json", "arm 'mine': num_inference_steps=0: expected"),
         ("pyramid", "--reference real --arms list.json", "--arms: 'list.json': expected {name"),
-        ("pyramid", "--reference real --arms none", "--arms: 'none' cannot be read as JSON"),
+        ("pyramid", "--reference real --arms none", "--arms: none: cannot be read"),
         ("pyramid", "--reference real --num_images 3", "--num_images=3: expected 4 or more"),
         ("pyramid", "--reference real --resolution 0", r"--resolution=\(0,\)"),
         ("pyramid", "--reference real --resamples 1", "--resamples=1"),

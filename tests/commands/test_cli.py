@@ -106,6 +106,8 @@ def test_the_settings_of_a_training_are_a_config(tmp_path):
     ("model:", "has no value for 'model'"),
     ("[1, 2]", "holds a list; expected names and values"),
     ("model: [", "cannot be read as YAML or JSON"),
+    ("[" * 3000, "is nested too deeply"),
+    ('{"a":' * 3000, "is nested too deeply"),
     ("model: m\nnum_images: many", "'many'"),
     ("model: m\nnum_images: 0", "--num_images=0: expected 1 or more"),
     (None, "No such file"),

@@ -206,6 +206,11 @@ def test_files_of_others_are_not_replaced(run, tmp_path, name):
     (["--plan", "auto", "--budget_ms", "1e-6"], "budget_ms=1e-06: expected at least"),
     (["--refine_steps", 2, 2], "refine_steps=[2, 2]"),
     (["--resolutions", 8, "4x"], "--resolutions=('8', '4x'): expected sizes"),
+    (["--resolutions", 8, 60000], "resolutions has (60000, 60000), 3,600 megapixels: an image takes 43.2 GB"),
+    (["--resolutions", 8, "90x100", "--max_megapixels", 0.008], "expected at most 0.008 megapixels"),
+    (["--arguments", '{"resolutions": [8, [60000, 50000]]}'], "resolutions has [60000, 50000]"),
+    (["--arguments", "[" * 3000], "expected a JSON object"),
+    (["--max_megapixels", 0], "--max_megapixels=0.0: expected a number above 0"),
     (["--resolutions", 8, 4], "resolutions=[(8, 8), (4, 4)]"),
     (["--num_images", 0], "--num_images=0"),
     (["--batch_size", 0], "--batch_size=0"),
@@ -232,7 +237,8 @@ def test_revision_and_dtype_are_the_loaders(run, tmp_path, monkeypatch, models):
     load, asked = hub.load, []
     monkeypatch.setattr(hub, "load", lambda name, **options: asked.append(options) or load(name, **options))
     code, printed, _ = run(tmp_path, "--num_images", 1, "--revision", "v1", "--dtype", "bfloat16", *FEW)
-    assert code == 0 and asked == [{"revision": "v1", "torch_dtype": torch.bfloat16}] and "bfloat16" in printed
+    asked_for = {"revision": "v1", "dtype": torch.bfloat16, "max_megapixels": 64}
+    assert code == 0 and asked == [asked_for] and "bfloat16" in printed
 
 
 def test_a_pipeline_of_another_package(run, tmp_path, monkeypatch):

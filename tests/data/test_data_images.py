@@ -3,13 +3,15 @@
 import io
 import os
 import struct
+import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from pyrdiff.data import BadImageError, ImageLevels, decode_image, fit_image, list_images, open_source
+from pyrdiff.data import BadImageError, ImageLevels, decode_image, fit_image, list_images, open_source, sources
 
 
 def png_bytes(image: Image.Image, **options) -> bytes:
@@ -241,6 +243,48 @@ def test_npz_array_is_found_or_asked_for(tmp_path):
     (tmp_path / "cut.npz").write_bytes(whole[:-200])
     with pytest.raises(ValueError, match="cut.npz.*cannot be read"):
         open_source(tmp_path / "cut.npz")
+
+
+def npz(path: Path, name: str, header: bytes, data: bytes) -> Path:
+    """A .npz file of one array whose header may say what it likes."""
+    text = header.ljust(117) + b"\n"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr(name, b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data)
+    return path
+
+
+@pytest.mark.parametrize("key", [None, "images"])
+def test_a_npz_that_holds_far_more_than_its_size_is_refused(tmp_path, monkeypatch, key):
+    """What deflate can make of 1.6 MB are 1.6 GB; nothing of it is unpacked."""
+    monkeypatch.setattr(sources, "UNPACKED_FREELY", 10**6)
+    np.savez_compressed(tmp_path / "bomb.npz", images=np.zeros((100, 200, 200), np.uint8), labels=np.arange(100))
+    with pytest.raises(ValueError, match=r"bomb.npz'.*images would unpack to 0.004 GB, more than 100 times.*\.npy"):
+        open_source(tmp_path / "bomb.npz", array_key=key)
+    np.savez_compressed(tmp_path / "small.npz", images=np.zeros((10, 200, 200), np.uint8))
+    assert len(open_source(tmp_path / "small.npz", array_key=key)) == 10  # up to a limit, whatever the ratio
+    np.savez_compressed(tmp_path / "full.npz", images=noise(2000, 1000, 1).reshape(10, 200, 1000))
+    assert len(open_source(tmp_path / "full.npz", array_key=key)) == 10
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000, 4000, 4000)}",
+        b"{'descr': '|u1', 'fortran_order': False, 'shape': (2, 8, 8)}",  # more than there is
+        b"{'descr': '|O', 'fortran_order': False, 'shape': (2, 8, 8)}",
+        b"{'descr': '|u1', 'shape': (2, 8, 8)}",
+        b"[" * 100,
+        b"__import__('os').abort()",
+    ],
+)
+def test_a_npz_whose_header_lies(tmp_path, header):
+    path = npz(tmp_path / "lies.npz", "images.npy", header, b"x" * 10)
+    for key in (None, "images"):
+        with pytest.raises(ValueError, match="lies.npz") as caught:
+            open_source(path, array_key=key)
+        assert type(caught.value) is ValueError and "\n" not in str(caught.value)
+    right = b"{'descr': '|u1', 'fortran_order': False, 'shape': (1, 2, 5)}"
+    assert len(open_source(npz(path, "images.npy", right, b"x" * 10))) == 1
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

@@ -101,17 +101,13 @@ for line in sys.stdin:
     answers.write(json.dumps(said, default=str) + "\\n")
     answers.flush()
 """
-HERE = """
+HERE = f"""
+sys.path.insert(0, {str(Path(warm.__file__).parent)!r})
 import pyrdiff
+import warm
 from pyrdiff import hub
 from pyrdiff.hub import checking, publishing
-# The load elsewhere takes seconds; where it is not what is tested, this process loads the folder as diffusers does.
-load_elsewhere = checking.load_elsewhere
-def load_here(folder):
-    from diffusers import DiffusionPipeline
-    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-    return checking.Elsewhere(checking.digest(pipeline))
-checking.load_elsewhere = load_here
+checking.subprocess = warm.Forks  # for the process without pyrdiff
 """
 ELSEWHERE = """
 from diffusers import DiffusionPipeline
@@ -153,13 +149,8 @@ def sample() -> Callable[[DiffusionPipeline], torch.Tensor]:
 
 @pytest.fixture
 def forked(monkeypatch) -> None:
-    """`hub.check` loads without pyrdiff in a fork, where it would wait for a new interpreter."""
-
-    def load(folder: Path) -> checking.Elsewhere:
-        done = warm.run(checking.ELSEWHERE, folder.resolve(), without=["pyrdiff"], check=True)
-        return checking.Elsewhere(done.stdout.split()[-1])
-
-    monkeypatch.setattr(checking, "load_elsewhere", load)
+    """`hub.check` starts its process without pyrdiff as a fork, where it would wait for a new interpreter."""
+    monkeypatch.setattr(checking, "subprocess", warm.Forks)
 
 
 @pytest.fixture(scope="session")
@@ -174,6 +165,7 @@ def client_of(server: Hub, prelude: str, home: Path, without: list[str] | None =
     """A process of its own that answers for as long as the context lasts. `without`: see `warm.start`."""
     text = CLIENT % f"CALLS = {CALLS!r}\n{prelude}\n{SAMPLE}"
     environment = {**server.environment, "OMP_NUM_THREADS": "1", "HF_MODULES_CACHE": str(home / "modules")}
+    environment[warm.ADDRESS] = str(warm.serve())
     (question, ask), (hear, answer) = os.pipe(), os.pipe()
     with (home / "said.txt").open("w") as log, open(ask, "w") as asking, open(hear) as hearing:
         process = warm.start(

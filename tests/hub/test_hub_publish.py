@@ -233,8 +233,8 @@ def test_a_check_of_a_repository(server, client, exports):
     repo = "me/checked"
     client(PUSH, folder=exports["parallel"], repo=repo, options={})
     server.put("me/damaged", {**server.files(repo), "notes.txt": b"notes"})
-    code = "checking.load_elsewhere, quick = load_elsewhere, checking.load_elsewhere\n"
-    code += "found = hub.check(repo)\nsay(vars(found))\nchecking.load_elsewhere = quick\n"
+    code = "import subprocess\nchecking.subprocess = subprocess  # a new interpreter\n"
+    code += "found = hub.check(repo)\nsay(vars(found))\nchecking.subprocess = warm.Forks\n"
     code += "say(hub.check('me/damaged').problems)\nattempt(hub.check, 'me/checked', update_code=True)\n"
     found, problems, refused = client(code, repo=repo)
     assert found["loads"] and found["loads_elsewhere"] and not found["problems"] and not found["notes"]

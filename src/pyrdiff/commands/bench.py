@@ -22,6 +22,7 @@ from pyrdiff.commands.evaluate import check_resolution
 from pyrdiff.commands.sample import write_json
 from pyrdiff.commands.tuning import tune_saved
 from pyrdiff.machine import device_name, in_turn, open_device, versions
+from pyrdiff.parts.json_files import read_json
 
 if TYPE_CHECKING:
     from pyrdiff.commands.bench_tasks import Arm, Task
@@ -172,9 +173,9 @@ def read_arms(path: str | None) -> dict[str, dict]:
     if path is None:
         return {}
     try:
-        arms = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--arms: {path!r} cannot be read as JSON: {error}") from error
+        arms = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"--arms: {error}") from error
     if not isinstance(arms, dict) or not all(isinstance(arguments, dict) for arguments in arms.values()):
         raise ValueError(f"--arms: {path!r}: expected {{name: {{argument of the call: value}}}}")
     return arms

@@ -23,21 +23,25 @@ class CheckSettings:
     trust_remote_code: bool = False
     """Run the folder's own code for the load without pyrdiff, even if it is not that of the installed classes."""
     update_code: bool = False
-    """First replace the code in a local folder by that of the installed classes."""
+    """First replace the code in a local folder by that of the installed classes, and remove every other Python file."""
+    max_megapixels: float = 64
+    """The most pixels, in millions, of an image that the model's configs and plans ask for."""
 
 
 def main(args: list[str]) -> dict:
     settings = parse(CheckSettings, __doc__, args, prog="pyrdiff check")
     from pyrdiff import hub
+    from pyrdiff.hub.messages import file_name
 
     found = hub.check(
         settings.path,
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
         update_code=settings.update_code,
+        max_megapixels=settings.max_megapixels,
     )
     for file, size in found.files.items():
-        print(f"{size:>12,}  {file}")
+        print(f"{size:>12,}  {file_name(file)}")
     tried = {True: "yes", False: "no", None: "not tried"}
     print(f"{found.pipeline or 'no pipeline'}, loads with pyrdiff: {tried[found.loads]}, ", end="")
     print(f"without: {tried[found.loads_elsewhere]}")

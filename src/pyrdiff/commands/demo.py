@@ -73,7 +73,7 @@ def _serve(settings: DemoSettings, port: int) -> dict:
         server_port=port,
         inbrowser=settings.open_browser,
         prevent_thread_lock=True,
-        **page.options(),
+        **page.options(settings.host),
     )
     print(f"open {url} (Ctrl-C ends it)", flush=True)
     try:

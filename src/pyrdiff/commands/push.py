@@ -31,6 +31,8 @@ class PushSettings:
     """Licence identifier for the card, such as apache-2.0."""
     pictures: tuple[str, ...] = ()
     """Files to show on the card; by default samples of a model that generates, none of one that enlarges."""
+    max_megapixels: float = 64
+    """The most pixels, in millions, of an image that the model's configs and plans ask for."""
     dry_run: bool = False
     """Print the card and list what would be published."""
 
@@ -48,6 +50,7 @@ def main(args: list[str]) -> dict:
         bench=settings.bench,
         license=settings.license,
         pictures=list(settings.pictures) or None,
+        max_megapixels=settings.max_megapixels,
         dry_run=settings.dry_run,
     )
     if settings.dry_run:

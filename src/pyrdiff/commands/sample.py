@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Literal
 from pyrdiff.cli import expect, parse
 from pyrdiff.machine import open_device, versions
 from pyrdiff.parts.files import replacing
+from pyrdiff.parts.json_files import parse_json
 from pyrdiff.parts.outputs import Outputs, made_by
 from pyrdiff.training.settings import parse_size
 
@@ -69,6 +70,8 @@ class SampleSettings:
     """By default the GPU if there is one."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the network."""
+    max_megapixels: float = 64
+    """The most pixels, in millions, of an image that the model or --resolutions ask for."""
     skip_existing: bool = False
     """Leave out images that are there already, made the same way; the others are the same as without."""
     overwrite: bool = False
@@ -81,6 +84,7 @@ class SampleSettings:
         expect(self, "budget_ms", given if self.plan == "auto" else self.budget_ms is None, "a time with --plan auto")
         expect(self, "grid", self.grid is None or not Path(self.grid).is_dir(), "a file to write")
         expect(self, "output_dir", not Path(self.output_dir).exists() or Path(self.output_dir).is_dir(), "a folder")
+        expect(self, "max_megapixels", self.max_megapixels > 0, "a number above 0")
         expect(self, "seed", 0 <= self.seed <= 2**63 - self.num_images, "0 or more, below 2**63 for the last image")
         call_arguments(self)
 
@@ -99,8 +103,8 @@ def call_arguments(settings: SampleSettings) -> dict:
         sizes = arguments["resolutions"] = [parse_size(text) for text in settings.resolutions]
         expect(settings, "resolutions", None not in sizes, "sizes such as 64, or 48x64 for height x width")
     try:
-        further = {} if settings.arguments is None else json.loads(settings.arguments)
-    except json.JSONDecodeError:
+        further = {} if settings.arguments is None else parse_json(settings.arguments, "--arguments")
+    except ValueError:
         further = None
     expect(settings, "arguments", isinstance(further, dict), "a JSON object")
     twice = [name for name in further if name in arguments or name in OURS]
@@ -161,9 +165,16 @@ def load(settings: SampleSettings, arguments: dict) -> "DiffusionPipeline":
     import torch
 
     import pyrdiff
+    from pyrdiff.hub.loading import check_megapixels
 
+    check_megapixels("the call", arguments, settings.max_megapixels)
     device = open_device(settings.device)
-    pipeline = pyrdiff.load(settings.model, revision=settings.revision, dtype=getattr(torch, settings.dtype))
+    pipeline = pyrdiff.load(
+        settings.model,
+        revision=settings.revision,
+        dtype=getattr(torch, settings.dtype),
+        max_megapixels=settings.max_megapixels,
+    )
     check_call(pipeline, arguments)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

@@ -1,7 +1,9 @@
 """Where images come from: a folder, an array, an array file, a Hub data set or the embedded letters."""
 
 import hashlib
+import math
 import os
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
     import datasets
 
 GLYPH_SIZE = 64  # of the set that `open_source("glyphs")` gives
+BAD_HEADER = (ValueError, SyntaxError, tokenize.TokenError)  # what numpy makes of one
+UNPACKED_FREELY = 2**30  # bytes of an array in a .npz file
+MOST_UNPACKED = 100  # times the size of the file, above that
 ARRAY_SHAPES = "uint8 arrays [N, H, W] or [N, H, W, C] with C 1, 3 or 4"
 
 
@@ -248,8 +253,12 @@ def _refuse(options: dict[str, str | None], source: object, kind: str) -> None:
 
 
 def _is_image_array(array: np.ndarray) -> bool:
-    shaped = array.ndim == 3 or (array.ndim == 4 and array.shape[-1] in (1, 3, 4))
-    return array.dtype == np.uint8 and shaped and array.size > 0
+    return _is_image_shape(array.shape, array.dtype)
+
+
+def _is_image_shape(shape: tuple[int, ...], dtype: np.dtype) -> bool:
+    shaped = len(shape) == 3 or (len(shape) == 4 and shape[-1] in (1, 3, 4))
+    return dtype == np.uint8 and shaped and math.prod(shape) > 0
 
 
 def _open_file(path: Path, array_key: str | None) -> ArrayImages:
@@ -270,7 +279,7 @@ def _open_file(path: Path, array_key: str | None) -> ArrayImages:
 def _load_array(path: Path):
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
+    except BAD_HEADER as error:
         raise OSError(f"not a whole array file without Python objects ({error})") from error
     if isinstance(array, np.ndarray) != (path.suffix == ".npy"):
         raise OSError("its content is not what its name says")
@@ -281,22 +290,50 @@ def _choose_array(arrays: np.lib.npyio.NpzFile, array_key: str | None, path: Pat
     expected = f"expected one of the arrays in {str(path)!r}: {sorted(arrays.files)}"
     if array_key is None and "x_train" in arrays.files:
         array_key = "x_train"
-    if array_key is not None:
-        if array_key not in arrays.files:
-            raise ValueError(f"array_key={array_key!r}: {expected}")
+    if array_key is not None and array_key not in arrays.files:
+        raise ValueError(f"array_key={array_key!r}: {expected}")
+    if array_key is None:
+        images = [key for key in arrays.files if _holds_images(arrays, key)]
+        if len(images) != 1:
+            raise ValueError(f"array_key=None, but {len(images)} arrays are {ARRAY_SHAPES}: {expected}")
+        (array_key,) = images
+    size, most = _unpacked_size(arrays, array_key), max(UNPACKED_FREELY, MOST_UNPACKED * path.stat().st_size)
+    if size > most:
+        raise ValueError(
+            f"source={str(path)!r}: {array_key} would unpack to {size / 1e9:,.3g} GB, more than {MOST_UNPACKED} times "
+            "the file; expected a .npy file for such an array, which is read as needed"
+        )
+    try:
         return array_key, arrays[array_key]
+    except ValueError as error:
+        raise OSError(f"{array_key}: {error}") from error
 
-    images = {}
-    for key in arrays.files:
+
+def _header(arrays: np.lib.npyio.NpzFile, key: str) -> tuple[tuple[int, ...], np.dtype] | None:
+    """Shape and type of an array, by its header alone; None if it is no array without Python objects."""
+    name = key if key in arrays.zip.namelist() else f"{key}.npy"
+    with arrays.zip.open(name) as member:
         try:
-            array = arrays[key]
-        except ValueError:  # an array of Python objects, which is never unpickled
-            continue
-        if _is_image_array(array):
-            images[key] = array
-    if len(images) != 1:
-        raise ValueError(f"array_key=None, but {len(images)} arrays are {ARRAY_SHAPES}: {expected}")
-    return images.popitem()
+            version = np.lib.format.read_magic(member)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(member)
+        except BAD_HEADER:
+            return None
+    return None if dtype.hasobject else (shape, dtype)
+
+
+def _holds_images(arrays: np.lib.npyio.NpzFile, key: str) -> bool:
+    header = _header(arrays, key)
+    return header is not None and _is_image_shape(*header)
+
+
+def _unpacked_size(arrays: np.lib.npyio.NpzFile, key: str) -> int:
+    """Bytes of an array, by its header; `OSError` if it is none."""
+    header = _header(arrays, key)
+    if header is None:
+        raise OSError(f"{key} is no array without Python objects")
+    shape, dtype = header
+    return math.prod(shape) * dtype.itemsize
 
 
 def _open_hub(name: str, config: str | None, split: str, column: str | None) -> HubImages:

@@ -1,14 +1,18 @@
 """Model cards: what is known when a model is exported, and what is filled in when it is measured and published."""
 
 import inspect
-import json
 import math
 import os
 import re
 from pathlib import Path
 
+import yaml
 from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from pyrdiff.parts.json_files import LARGEST, read_json
+
+from .messages import in_one_line
 
 PLACE = "PATH_OR_REPO"  # replaced by the repository's name when the card is published
 
@@ -120,6 +124,25 @@ def fill(
     return f"---\n{data.to_yaml()}\n---\n{body}"
 
 
+def read(path: Path) -> str:
+    """
+    The text of a card.
+
+    Raises:
+        ValueError: if it is too large, no text, or its metadata are none.
+    """
+    try:
+        if path.stat().st_size > LARGEST:
+            raise ValueError(f"has {path.stat().st_size} bytes; expected at most {LARGEST}")
+        text = path.read_text(encoding="utf-8")
+        ModelCard(text, ignore_metadata_errors=True)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path.name}: expected a model card: {in_one_line(error)}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path.name}: expected a model card, its metadata nested less deeply") from error
+    return text
+
+
 def read_bench(path: str | os.PathLike) -> dict:
     """
     A result of `pyrdiff bench`.
@@ -128,9 +151,9 @@ def read_bench(path: str | os.PathLike) -> dict:
         ValueError: for another file.
     """
     try:
-        result = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"bench={str(path)!r}: cannot be read: {error}") from error
+        result = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"bench: {error}") from error
     if not isinstance(result, dict) or result.get("kind") != "pyrdiff bench":
         raise ValueError(f"bench={str(path)!r}: expected a result of `pyrdiff bench`")
     return result

@@ -22,11 +22,27 @@ from pyrdiff.parts.files import replacing
 from pyrdiff.parts.saving import index_entries
 from pyrdiff.parts.sources import auto_map, source_of, standalone_text
 
+from . import card
 from .folders import LICENCE, write_licence
-from .loading import INDEX, WEIGHTS, SavedPipeline, build, read_config, read_folder, weight_files, within
+from .loading import (
+    INDEX,
+    MAX_MEGAPIXELS,
+    NAME,
+    SavedPipeline,
+    build,
+    inside,
+    read_config,
+    read_folder,
+    shard_index,
+    weight_files,
+    within,
+)
+from .messages import file_name, shown
 from .repository import LARGEST_CONFIG, Repository, local_folder
 
 BESIDE = re.compile(r"README\.md|LICENSE(\.txt|\.md)?|NOTICE|\.gitattributes|[\w.-]+\.(png|jpg|jpeg|webp)|bench\.json")
+SAVED_PRIVATE = ("_class_name", "_diffusers_version", "_name_or_path")  # keys of saved configs
+PYTHON = (".py", ".pyc")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".npy", ".npz", ".joblib")
 
 ELSEWHERE = """
@@ -86,6 +102,7 @@ def check(
     token: str | bool | None = None,
     trust_remote_code: bool = False,
     update_code: bool = False,
+    max_megapixels: float = MAX_MEGAPIXELS,
 ) -> Check:
     """
     Says whether an exported folder or repository is sound.
@@ -93,15 +110,17 @@ def check(
     It is, if it holds one pipeline of an installed method and nothing else than its configs, safetensors, card and
     pictures; if its code is, byte for byte, what an export of the installed classes has; if it loads by `pyrdiff.load`;
     and if it loads to the same weights in a process where neither pyrdiff nor the method's package can be imported.
-    That process gets a copy of the files that belong to the model, with the code of the installed classes. It is
-    started only if the folder's code is the same, or with `trust_remote_code`.
+    That process sees a copy of the files that belong to the model, and nothing else. It is started only if the folder's
+    code is the same, or with `trust_remote_code`.
 
     Args:
         path_or_repo: A local folder, a repository on the Hub, or a model that comes with pyrdiff.
         revision, token: Of the repository.
         trust_remote_code: Run the folder's own code, for the load without pyrdiff, even if it is not the installed one.
+            That code is the files that the index names.
         update_code: First put the code of the installed classes into a local folder that loads, such as one that an
-            earlier version exported.
+            earlier version exported. Every other Python file in the folder and below it is removed.
+        max_megapixels: As for `pyrdiff.load`.
 
     Returns:
         What was found; `sound` says it in a word.
@@ -114,18 +133,18 @@ def check(
         if update_code:
             raise ValueError(f"update_code=True: {str(path_or_repo)!r} is no local folder; expected one")
         repository = Repository.open(str(path_or_repo), revision, token)
-        folder = _fetch(repository)
+        folder = _fetch(repository, max_megapixels)
         result.commit = folder.name
     listed = {} if repository is None else {name: size or 0 for name, size in (repository.sizes or {}).items()}
     try:
-        saved = read_folder(folder)
+        saved = read_folder(folder, max_megapixels)
         if repository is not None:
             repository.weights(saved.parameters())  # refuses those that are too large
         pipeline = build(saved)
         code = code_of(saved)
         if update_code:
-            _write_code(saved, code)
-            saved = read_folder(folder)
+            result.notes += [f"removed {file_name(name)}" for name in _write_code(saved, code)]
+            saved = read_folder(folder, max_megapixels)
     except ValueError as error:
         result.files = listed | _files(folder)
         result.problems = [*_misplaced(folder, result.files), f"does not load: {error}"]
@@ -135,16 +154,17 @@ def check(
     wrong_code = list(_wrong_code(saved, code, result.files))
     result.problems += _misplaced(folder, result.files)
     result.problems += _foreign(result.files, {*code.texts, *_data_files(saved)})
-    result.problems += _not_finite(pipeline)
     result.problems += wrong_code
     if "README.md" not in result.files:
         result.notes.append("has no card (README.md)")
+    else:
+        result.problems += _wrong_card(folder / "README.md")
     if wrong_code and not trust_remote_code:
         result.notes.append("the load without pyrdiff was not tried, since it would run code that is not the installed")
         return result
     with tempfile.TemporaryDirectory() as place:
-        copy = folder if wrong_code else _clean_copy(saved, code, Path(place))
-        loaded = load_elsewhere(copy)
+        texts = _own_code(saved) if wrong_code else {name: text.encode() for name, text in code.texts.items()}
+        loaded = load_elsewhere(_clean_copy(saved, texts, Path(place)))
     result.loads_elsewhere = loaded.digest == digest(pipeline)
     if loaded.digest is None:
         result.problems.append(f"does not load without pyrdiff: {loaded.why}")
@@ -169,7 +189,7 @@ def _data_files(saved: SavedPipeline) -> set[str]:
     """Paths of the index, of the configs and of the weights."""
     paths = {saved.folder / INDEX} | {component.config_file for component in saved.components.values()}
     for network in saved.networks().values():
-        paths |= {*weight_files(network), *network.folder.glob(f"{WEIGHTS}*.index*.json")}
+        paths |= {*weight_files(network), *filter(None, [shard_index(network)])}
     return {path.relative_to(saved.folder).as_posix() for path in paths}
 
 
@@ -185,27 +205,27 @@ def _files(folder: Path) -> dict[str, int]:
 def _misplaced(folder: Path, files: dict[str, int]) -> Iterator[str]:
     """Links that lead out of the folder, what is neither file nor folder, and pickles."""
     for path in sorted(folder.rglob("*")):
-        name = path.relative_to(folder).as_posix()
+        name = file_name(path.relative_to(folder).as_posix())
         if not within(path, folder):
             yield f"{name}: a link that leads out of the folder"
         elif not path.is_file() and not path.is_dir():
             yield f"{name}: neither a file nor a folder"
     for name in files:
         if name.endswith(PICKLES):
-            yield f"{name}: weights and arrays are to be safetensors, which hold no code"
+            yield f"{file_name(name)}: weights and arrays are to be safetensors, which hold no code"
 
 
 def _foreign(files: dict[str, int], expected: set[str]) -> Iterator[str]:
     for name in files:
         if name not in expected and not BESIDE.fullmatch(name) and not name.endswith(PICKLES):
-            yield f"{name}: is no part of the model"
+            yield f"{file_name(name)}: is no part of the model"
 
 
-def _not_finite(pipeline: DiffusionPipeline) -> Iterator[str]:
-    for name, network in _networks(pipeline):
-        bad = [key for key, value in network.state_dict().items() if not value.isfinite().all()]
-        if bad:
-            yield f"{name}: {min(bad)} has values that are not finite"
+def _wrong_card(path: Path) -> Iterator[str]:
+    try:
+        card.read(path)
+    except ValueError as error:
+        yield str(error)
 
 
 def _wrong_code(saved: SavedPipeline, code: Code, files: dict[str, int]) -> Iterator[str]:
@@ -213,48 +233,85 @@ def _wrong_code(saved: SavedPipeline, code: Code, files: dict[str, int]) -> Iter
     for path, text in code.texts.items():
         if path not in files:
             yield f"{path}: is missing, so that diffusers alone cannot load the folder"
-        elif (saved.folder / path).read_bytes() != text.encode():
-            yield f"{path}: is not the code of the installed classes (update_code mends that)"
+        elif files[path] != len(text.encode()) or (saved.folder / path).read_bytes() != text.encode():
+            yield f"{path}: is not the code of the installed classes (pyrdiff check --update_code mends that)"
     for name, wanted in code.entries.items():
         if saved.index.get(name) != wanted:
-            yield f"{INDEX}: {name} is {saved.index.get(name)!r}; diffusers alone needs {wanted}"
+            yield f"{INDEX}: {name} is {shown(saved.index.get(name))}; diffusers alone needs {wanted}"
     for name, network in saved.networks().items():
         if name in code.entries and network.config.get("auto_map") != auto_map(network.cls):
             yield f"{name}/{network.cls.config_name}: has no auto_map; AutoModel alone needs {auto_map(network.cls)}"
+    yield from (f"{INDEX}: {shown(key)} is no part of it" for key in _private_keys(saved.index))
+    for name, component in saved.components.items():
+        config, file = read_config(component.config_file), f"{name}/{component.cls.config_name}"
+        yield from (f"{file}: {shown(key)} is no part of it" for key in _private_keys(config))
+        wanted = component.cls.__name__
+        if config.get("_class_name", wanted) != wanted:
+            yield f"{file}: _class_name is {shown(config['_class_name'])}; expected {wanted!r}"
 
 
 # What `check` does.
 
 
-def _write_code(saved: SavedPipeline, code: Code) -> None:
-    """Puts the code into the folder in place of all that is there, and names it in the index and the configs."""
-    for place in (saved.folder, *(component.folder for component in saved.components.values())):
-        for old in place.glob("*.py"):
-            old.unlink()
+def _write_code(saved: SavedPipeline, code: Code) -> list[str]:
+    """
+    Puts the code into the folder, and names it in the index and the configs. Every other Python file is removed,
+    wherever it lies in the folder: a loader may run what no index names.
+
+    Returns:
+        What was removed, without the files that were replaced.
+    """
+    old = sorted(path for path in _tree(saved.folder) if path.suffix.lower() in PYTHON and not _is_folder(path))
+    for path in code.texts:
+        if _is_folder(saved.folder / path):
+            raise ValueError(f"{saved.folder / path}: a folder; expected a file")
+    for path in old:
+        path.unlink()
     for path, text in code.texts.items():
-        (saved.folder / path).write_text(text, encoding="utf-8", newline="\n")
+        with replacing(saved.folder / path) as beside:
+            beside.write_text(text, encoding="utf-8", newline="\n")
     _write_config(saved.folder / INDEX, saved.pipeline_class, {**saved.index, **code.entries})
-    for name, network in saved.networks().items():
-        if name in code.entries:
-            config = {**read_config(network.config_file), "auto_map": auto_map(network.cls)}
-            _write_config(network.config_file, network.cls, config)
-    if not (saved.folder / LICENCE).exists():
+    for name, component in saved.components.items():
+        config = {**read_config(component.config_file), "_class_name": component.cls.__name__}
+        if name in code.entries and component.shapes is not None:
+            config["auto_map"] = auto_map(component.cls)
+        _write_config(component.config_file, component.cls, config)
+    if not os.path.lexists(saved.folder / LICENCE):
         write_licence(saved.folder)
+    removed = [path.relative_to(saved.folder).as_posix() for path in old]
+    return [name for name in removed if name not in code.texts]
+
+
+def _tree(folder: Path) -> Iterator[Path]:
+    """Everything in a folder and below it. Links are not followed."""
+    for place, folders, files in os.walk(folder):
+        yield from (Path(place) / name for name in [*folders, *files])
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def _write_config(path: Path, owner: type, config: dict) -> None:
-    """Writes a config without the settings that its class no longer takes."""
-    config = {key: value for key, value in config.items() if key not in getattr(owner, "RETIRED", ())}
-    with replacing(path) as beside:
-        beside.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    """Writes a config, if it changed, without what its class does not take or no longer takes."""
+    gone = {*getattr(owner, "RETIRED", ()), *_private_keys(config)}
+    config = {key: value for key, value in config.items() if key not in gone}
+    if config != read_config(path):
+        with replacing(path) as beside:
+            beside.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _fetch(repository: Repository) -> Path:
+def _private_keys(config: dict) -> list[str]:
+    """Keys that diffusers might give a meaning, and that no export has."""
+    return sorted(key for key in config if key.startswith("_") and key not in SAVED_PRIVATE)
+
+
+def _fetch(repository: Repository, max_megapixels: float) -> Path:
     """The local folder of a repository, with the files that may be part of a model or beside it."""
     wanted = repository.configs()
     folder = repository.fetch(wanted)
     try:
-        wanted += repository.weights(read_folder(folder).parameters())
+        wanted += repository.weights(read_folder(folder, max_megapixels).parameters())
     except ValueError:
         pass  # `check` comes to it
     for path, size in (repository.sizes or {}).items():
@@ -263,10 +320,22 @@ def _fetch(repository: Repository) -> Path:
     return repository.fetch(wanted)
 
 
-def _clean_copy(saved: SavedPipeline, code: Code, folder: Path) -> Path:
+def _own_code(saved: SavedPipeline) -> dict[str, bytes]:
+    """{path: content} of the files that the folder's index names as code."""
+    named = {"": saved.index.get("_class_name"), **{name: saved.index[name] for name in saved.components}}
+    texts = {}
+    for name, entry in named.items():
+        if isinstance(entry, list) and entry[0] != "diffusers" and NAME.fullmatch(str(entry[0])):
+            path = (Path(name) / f"{entry[0]}.py").as_posix()
+            if (saved.folder / path).is_file():
+                texts[path] = inside(saved.folder, path).read_bytes()
+    return texts
+
+
+def _clean_copy(saved: SavedPipeline, code: dict[str, bytes], folder: Path) -> Path:
     """
-    A folder with the files of the model and nothing else: diffusers runs whatever has the name of a component's library
-    in the component's folder.
+    A folder with the files of the model, this code, and nothing else. Diffusers runs whatever has the name of a
+    component's library in the component's folder.
     """
     for name in _data_files(saved):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -274,8 +343,8 @@ def _clean_copy(saved: SavedPipeline, code: Code, folder: Path) -> Path:
             shutil.copyfile(saved.folder / name, folder / name)
         else:
             (folder / name).symlink_to((saved.folder / name).resolve())
-    for name, text in code.texts.items():
-        (folder / name).write_text(text, encoding="utf-8", newline="\n")
+    for name, text in code.items():
+        (folder / name).write_bytes(text)
     return folder
 
 

@@ -1,11 +1,10 @@
 """Loading without trust: a folder says which of the installed classes to build, and is checked against them."""
 
 import inspect
-import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,11 @@ from diffusers.utils import logging
 from safetensors import SafetensorError, safe_open
 
 from pyrdiff import plugins
+from pyrdiff.parts.json_files import read_json
 from pyrdiff.parts.saving import index_entries
+from pyrdiff.parts.settings import is_whole
 from pyrdiff.parts.sources import auto_map
+from pyrdiff.parts.weights import refuse_unusable
 
 from .messages import in_one_line, shown
 from .repository import LARGEST_CONFIG, Repository, local_folder
@@ -28,6 +30,7 @@ INDEX = DiffusionPipeline.config_name
 WEIGHTS = "diffusion_pytorch_model"
 ABSENT = (None, [None, None])  # in the index, for a component that the pipeline does without
 LARGEST_NUMBER = 100_000  # a whole number in a config
+MAX_MEGAPIXELS = 64  # of an image that a folder asks for
 MOST_MODULES = 5_000  # inside a network
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
 STOCK = {"DDPMPipeline": "PyramidalPipeline", "DDIMPipeline": "PyramidalPipeline"}  # of diffusers: what samples theirs
@@ -97,6 +100,7 @@ def load(
     cache_dir: str | os.PathLike | None = None,
     local_files_only: bool = False,
     torch_dtype: torch.dtype | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
 ) -> DiffusionPipeline:
     """
     Loads an exported pipeline with the classes of installed methods: code in the folder is neither fetched nor run, and
@@ -115,6 +119,7 @@ def load(
         variant: Of the weight files, such as "fp16".
         token, cache_dir, local_files_only: For the download.
         torch_dtype: What `dtype` was called before.
+        max_megapixels: The most pixels, in millions, of an image that the configs and the plans ask for.
 
     Returns:
         The pipeline.
@@ -141,7 +146,7 @@ def load(
         folder = repository.fetch(repository.configs())
     if not (folder / INDEX).is_file():
         raise ValueError(f"path_or_repo={str(path_or_repo)!r}: expected an exported pipeline, with {INDEX} in it")
-    saved = read_folder(folder)
+    saved = read_folder(folder, max_megapixels)
     chosen = saved.pipeline_class if pipeline_class is None else pipeline_named(pipeline_class, "pipeline_class")
     missing = set(chosen._get_signature_keys(chosen)[0]) - set(saved.index) - set(chosen._optional_components)
     if missing:
@@ -155,13 +160,17 @@ def load(
 # The index and the configs.
 
 
-def read_folder(folder: Path) -> SavedPipeline:
+def read_folder(folder: Path, max_megapixels: float = MAX_MEGAPIXELS) -> SavedPipeline:
     """
     Reads the index of a folder and the configs that it names.
 
+    Args:
+        folder: The folder.
+        max_megapixels: The most pixels, in millions, of an image that they ask for.
+
     Raises:
         ValueError: if they name another class than those of installed methods and of diffusers, or settings that the
-            class does not have.
+            class does not have, or larger images.
     """
     path = inside(folder, INDEX)
     index = read_config(path)
@@ -169,10 +178,11 @@ def read_folder(folder: Path) -> SavedPipeline:
     name = name[1] if isinstance(name, list) and len(name) == 2 else name
     pipeline_class = pipeline_named(name, f"{path}: _class_name")
     check_keys(path, {key: value for key, value in index.items() if key != "auto_map"}, pipeline_class)
+    check_megapixels(path, index, max_megapixels)
     components = {}
     for name in sorted(set(pipeline_class._get_signature_keys(pipeline_class)[0]) & set(index)):
         if index[name] not in ABSENT:
-            components[name] = read_component(folder, name, index[name])
+            components[name] = read_component(folder, name, index[name], max_megapixels)
     saved = SavedPipeline(folder, pipeline_class, index, components)
     named = index_entries(pipeline_class, saved.classes_with_code()).get("auto_map")
     if "auto_map" in index and index["auto_map"] != named:
@@ -192,7 +202,7 @@ def pipeline_named(name: object, where: str) -> type:
     return known[name]
 
 
-def read_component(folder: Path, name: str, entry: object) -> Component:
+def read_component(folder: Path, name: str, entry: object, max_megapixels: float = MAX_MEGAPIXELS) -> Component:
     """The component in the folder `name`, which the index calls [module, class]; checked as far as its config goes."""
     cls = _component_class(folder, name, entry)
     path = inside(folder, str(Path(name, cls.config_name)))
@@ -204,6 +214,7 @@ def read_component(folder: Path, name: str, entry: object) -> Component:
             built = cls.from_config(component.config)
     except Exception as error:  # whatever a constructor makes of strange values
         raise ValueError(f"{path}: {cls.__name__} cannot be built from it: {in_one_line(error)}") from error
+    check_megapixels(path, built.config, max_megapixels)
     if isinstance(built, torch.nn.Module):
         tensors = built.state_dict()
         component.shapes = {key: tuple(value.shape) for key, value in tensors.items()}
@@ -229,23 +240,10 @@ def _component_class(folder: Path, name: str, entry: object) -> type:
 
 
 def read_config(path: Path) -> dict:
-    """Reads a JSON object of bounded size. It may hold no NaN."""
-
-    def constant(text: str) -> float:
-        if text == "NaN":
-            raise ValueError("NaN is not a value; expected numbers")
-        return float(text)  # an infinite bound is a default of some schedulers
-
-    try:
-        if path.stat().st_size > LARGEST_CONFIG:
-            raise ValueError(f"has {path.stat().st_size} bytes; expected at most {LARGEST_CONFIG}")
-        config = json.loads(path.read_text(encoding="utf-8"), parse_constant=constant)
-        if not isinstance(config, dict):
-            raise ValueError(f"expected a JSON object, found {type(config).__name__}")
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON, {in_one_line(error)}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {in_one_line(error)}") from error
+    """Reads a JSON object of bounded size and depth. It may hold no NaN."""
+    config = read_json(path, LARGEST_CONFIG)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(config).__name__}")
     return config
 
 
@@ -265,6 +263,32 @@ def check_keys(path: Path, config: dict, owner: type) -> None:
         for number in _numbers(value):
             if math.isnan(number) or (isinstance(number, int) and abs(number) > LARGEST_NUMBER):
                 raise ValueError(f"{path}: {key} has {number}; expected whole numbers up to {LARGEST_NUMBER}")
+
+
+def check_megapixels(where: object, values: Mapping, most: float) -> None:
+    """
+    Refuses images that are too large, before anything of their size is made.
+
+    Args:
+        where: Whose sizes they are, for the message.
+        values: `sample_size` and `resolutions` in it, and in what it contains, are sizes.
+        most: Pixels of an image, in millions.
+
+    Raises:
+        ValueError: the size, and the memory that it needs, are named.
+    """
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            check_megapixels(where, value, most)
+        sizes = {"sample_size": [value], "resolutions": value}.get(key) or []
+        for size in sizes if isinstance(sizes, (list, tuple)) else []:
+            sides = size if isinstance(size, (list, tuple)) else [size, size]
+            if all(map(is_whole, sides)) and math.prod(sides) > most * 1e6:
+                raise ValueError(
+                    f"{where}: {key} has {shown(size)}, {math.prod(sides) / 1e6:,.0f} megapixels: an image takes "
+                    f"{math.prod(sides) * 12 / 1e9:,.1f} GB, and the network several times that; expected at most "
+                    f"{most:g} megapixels (a larger max_megapixels allows more)"
+                )
 
 
 def _numbers(value: object) -> Iterator[int | float]:
@@ -345,9 +369,12 @@ def _load_component(component: Component, torch_dtype: torch.dtype | None, varia
         return component.cls.from_config(component.config)
     options = dict(use_safetensors=True, torch_dtype=torch_dtype, variant=variant, local_files_only=True)
     try:
-        return component.cls.from_pretrained(component.folder, **options)
+        network = component.cls.from_pretrained(component.folder, **options)
     except Exception as error:  # whatever the reader makes of strange values
         raise ValueError(f"{component.config_file}: its weights do not load: {in_one_line(error)}") from error
+    file = shard_index(component, variant) or weight_files(component, variant)[0]
+    refuse_unusable([(str(file), network)], "It was not loaded.")
+    return network
 
 
 def check_weights(network: Component, variant: str | None = None) -> None:
@@ -393,8 +420,8 @@ def weight_files(network: Component, variant: str | None = None) -> list[Path]:
     """The weight files of a network: one, or the shards that an index lists."""
     folder = network.folder
     single = f"{WEIGHTS}.safetensors" if variant is None else f"{WEIGHTS}.{variant}.safetensors"
-    index_name = f"{WEIGHTS}.safetensors.index." + ("json" if variant is None else f"{variant}.json")
-    if not (folder / index_name).exists():
+    index = shard_index(network, variant)
+    if index is None:
         pickled = folder / f"{WEIGHTS}.bin"
         if pickled.exists() and not (folder / single).exists():
             raise ValueError(
@@ -403,18 +430,24 @@ def weight_files(network: Component, variant: str | None = None) -> list[Path]:
             )
         return [inside(folder, single)]
     if (folder / single).exists():
-        raise ValueError(f"{folder}: has both {index_name} and {single}; expected one of them")
-    shards = read_config(inside(folder, index_name)).get("weight_map")
+        raise ValueError(f"{folder}: has both {index.name} and {single}; expected one of them")
+    shards = read_config(inside(folder, index.name)).get("weight_map")
     if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
-        raise ValueError(f"{folder / index_name}: weight_map is no map of tensors to files")
+        raise ValueError(f"{index}: weight_map is no map of tensors to files")
     for name in shards.values():
         if not NAME.fullmatch(name) or not name.endswith(".safetensors"):
-            raise ValueError(f"{folder / index_name}: the file {shown(name)}; expected .safetensors beside it")
+            raise ValueError(f"{index}: the file {shown(name)}; expected .safetensors beside it")
     named, wanted = set(shards), set(network.shapes)
     for text, keys in (("lacks", wanted - named), ("has unknown", named - wanted)):
         if keys:  # diffusers would leave such tensors at random
-            raise ValueError(f"{folder / index_name}: weight_map {text} {len(keys)} tensors: {shown(min(keys))}")
+            raise ValueError(f"{index}: weight_map {text} {len(keys)} tensors: {shown(min(keys))}")
     return [inside(folder, name) for name in sorted(set(shards.values()))]
+
+
+def shard_index(network: Component, variant: str | None = None) -> Path | None:
+    """The file that lists the shards of a network's weights, if there is one."""
+    path = network.folder / (f"{WEIGHTS}.safetensors.index." + ("json" if variant is None else f"{variant}.json"))
+    return path if path.exists() else None
 
 
 # Files.

@@ -13,5 +13,10 @@ def shown(value: object) -> str:
     return _cut(repr(value))
 
 
+def file_name(name: str) -> str:
+    """The name of a file of others: as it is, or as Python writes it if it would not print as one line."""
+    return _cut(name) if name.isprintable() else shown(name)
+
+
 def _cut(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
 
 from . import card
 from .checking import check
-from .loading import load
+from .loading import MAX_MEGAPIXELS, load
 
 KEPT = (".gitattributes",)  # the Hub's own
 SAMPLES = "samples.png"
@@ -52,6 +52,7 @@ def push(
     license: str | None = None,
     pictures: list[str | os.PathLike] | None = None,
     token: str | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
     dry_run: bool = False,
 ) -> Push:
     """
@@ -71,6 +72,7 @@ def push(
         pictures: Files to show on the card. By default, a row of samples of a model that generates; of one that
             enlarges none, since its pictures would show images of yours.
         token: By default the one that is logged in, or HF_TOKEN.
+        max_megapixels: As for `pyrdiff.load`.
         dry_run: Only list what would be published.
 
     Raises:
@@ -84,7 +86,7 @@ def push(
     for picture in pictures or []:
         if not Path(picture).is_file():
             raise ValueError(f"pictures: {str(picture)!r} is no file")
-    checked = check(folder)
+    checked = check(folder, max_megapixels=max_megapixels)
     if not checked.sound:
         raise ValueError(f"path={str(path)!r}: is not sound: {'; '.join(checked.problems)}")
     content = {file: folder / file for file in checked.files}
@@ -93,8 +95,8 @@ def push(
         shown = {Path(picture).name: Path(picture).stem.replace("_", " ") for picture in pictures}
         content |= {Path(picture).name: Path(picture) for picture in pictures}
     elif pictures is None:
-        content, shown = _with_samples(folder, content)
-    text = (folder / "README.md").read_text(encoding="utf-8") if "README.md" in content else "---\n{}\n---\n"
+        content, shown = _with_samples(folder, content, max_megapixels)
+    text = card.read(folder / "README.md") if "README.md" in content else "---\n{}\n---\n"
     filled = partial(card.fill, text, license=license, bench=measured, pictures=shown)
     content["README.md"] = filled(name=repo_id).encode()  # what it refuses, it refuses before anything is sent
     api, name = HfApi(token=token), repo_id
@@ -145,12 +147,12 @@ def reserve(repo_id: str, private: bool | None = None, token: str | None = None)
         return HfApi(token=token).create_repo(repo_id, private=private, exist_ok=True).repo_id
 
 
-def _with_samples(folder: Path, content: dict) -> tuple[dict, dict]:
+def _with_samples(folder: Path, content: dict, max_megapixels: float) -> tuple[dict, dict]:
     """The content with a row of samples, if the folder has none and its model generates."""
     shows = {SAMPLES: "Samples with seeds 0 to 7."}
     if SAMPLES in content:
         return content, shows
-    pipeline = load(folder)
+    pipeline = load(folder, max_megapixels=max_megapixels)
     if card.needs_image(type(pipeline)):
         return content, {}
     from diffusers.utils import make_image_grid

@@ -9,6 +9,7 @@ import torch
 from huggingface_hub import create_repo
 
 from pyrdiff.parts.sources import MODULES, KeepsSource, auto_map, keep_source, source_of, standalone_text
+from pyrdiff.parts.weights import refuse_unusable
 from pyrdiff.parts.wrappers import plain
 
 
@@ -32,10 +33,11 @@ class StandaloneSaving(KeepsSource):
         `DiffusionPipeline`.
 
         Raises:
-            ValueError: if a class is of a script or an interactive session, or a network is inside adapters or what
-                distributes it; nothing was written then.
+            ValueError: if a class is of a script or an interactive session, if a network is inside adapters or what
+                distributes it, or if its weights are not finite; nothing was written then.
         """
         check_bare(self.components)
+        refuse_unusable(self.components.items(), "Nothing was saved.")
         classes = self._classes_with_code(self.components)
         texts = {name: standalone_text(cls) for name, cls in classes.items()}  # raises before anything is written
         names = ("repo_id", "commit_message", "private", "token", "create_pr")

@@ -9,7 +9,6 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
@@ -17,6 +16,7 @@ from diffusers import DiffusionPipeline
 
 from pyrdiff.data import replacing
 from pyrdiff.machine import device_name, in_turn
+from pyrdiff.parts.json_files import read_json
 from pyrdiff.parts.plans import NOISE_PROCESS
 from pyrdiff.parts.steps import LevelSteps
 
@@ -107,8 +107,8 @@ class StepCosts:
     def load(cls, path: str | os.PathLike) -> "StepCosts":
         """Reads what `save` wrote. Raises `ValueError` for another file."""
         try:
-            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, TypeError, ValueError) as error:
+            return cls(**read_json(path))
+        except (TypeError, ValueError) as error:
             raise ValueError(f"path={str(path)!r}: expected step costs that were saved by StepCosts.save") from error
 
 
@@ -284,14 +284,14 @@ def bench_plans(path: str | os.PathLike) -> Benched:
     """
     benched = Benched({}, {}, {})
     try:
-        for name, arm in json.loads(Path(path).read_text(encoding="utf-8"))["arms"].items():
+        for name, arm in read_json(path)["arms"].items():
             scored = _of_command(arm) if "metrics" in arm else _of_benchmark(arm)
             if scored is None:
                 continue
             benched.plans[name], benched.quality[name] = scored.plan, scored.distance
             if scored.interval:
                 benched.intervals[name] = tuple(scored.interval)
-    except (OSError, KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         expected = "expected a result of benchmarks/bench.py or of `pyrdiff bench`"
         raise ValueError(f"path={str(path)!r}: {expected} ({error})") from error
     if not benched.plans:

@@ -12,6 +12,7 @@ import torch
 from pyrdiff.data import ImageLevels, ImageSource, replacing
 from pyrdiff.metrics import bootstrap_interval
 from pyrdiff.metrics.distribution import KernelReference
+from pyrdiff.parts.json_files import read_json
 from pyrdiff.plan.clipping import CLIP
 from pyrdiff.plan.cost import choose, measure_costs
 
@@ -89,8 +90,10 @@ class Tuning:
         """
         path = Path(folder) / "model_index.json"
         try:
-            index = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            index = read_json(path)
+            if not isinstance(index, dict):
+                raise ValueError(f"{path}: expected a JSON object, found {type(index).__name__}")
+        except ValueError as error:
             raise ValueError(f"folder={str(folder)!r}: expected a saved pipeline ({error})") from error
         index["plans"] = {**(index.get("plans") or {}), **{name: found.plan for name, found in self.plans.items()}}
         for place, values in (
@@ -276,7 +279,7 @@ def auto_plan(pipeline, budget_ms: float, batch_size: int = 1, folder: str | Pat
     path = None if folder is None else Path(folder) / FIGURES
     if path is not None and path.is_file():
         try:
-            figures = json.loads(path.read_text(encoding="utf-8"))["plans"]
+            figures = read_json(path)["plans"]
             own = {name: row for name, row in figures.items() if pipeline.config.plans.get(name) == row["plan"]}
             quality = {name: row["distance"] for name, row in own.items()} or None
             intervals = {name: tuple(row["interval"]) for name, row in own.items()}

@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 
 from pyrdiff.parts.files import remove_folder, replacing_folder
+from pyrdiff.parts.json_files import parse_json
 
 FORMAT = "pyrdiff-checkpoint"
 FORMAT_VERSION = 1
@@ -110,7 +111,7 @@ def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
         The tensors, on the CPU, by group and name, and the state, as given to `save_checkpoint`.
 
     Raises:
-        CheckpointError: as `verify_checkpoint`.
+        CheckpointError: as `verify_checkpoint`. What the values are worth, `resuming` checks.
     """
     tensors, state = {}, {}
     for name, expected in _read_manifest(Path(path))["files"].items():
@@ -118,12 +119,17 @@ def load_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
         data = b"".join(_verified_chunks(file, expected))
         try:
             if name == STATE_FILE:
-                state = json.loads(data)
+                state = parse_json(data, str(file))
             else:
                 tensors[name.removesuffix(".safetensors")] = safetensors.torch.load(data)
         except Exception as error:  # safetensors raises its own class, which derives from Exception directly
             raise CheckpointError(f"{file} has the recorded sha256 but cannot be parsed: {error}") from error
     return tensors, state
+
+
+def step_of_checkpoint(path: Path) -> int:
+    """The step that a checkpoint's manifest says; `CheckpointError` if that cannot be read."""
+    return _read_manifest(Path(path))["step"]
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

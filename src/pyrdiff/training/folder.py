@@ -11,9 +11,11 @@ import torch
 
 from pyrdiff.parts.files import replacing, replacing_folder
 from pyrdiff.parts.outputs import is_training
+from pyrdiff.parts.weights import refuse_unusable
 
 from . import checkpoints
 from .lock import FolderLock
+from .resuming import check_state
 from .settings import TrainingSettings
 
 FINISHED = "finished"  # folder of a network that another method builds on
@@ -137,7 +139,7 @@ class RunFolder:
 
         Raises:
             ValueError: if the checkpoint is not one of this run.
-            CheckpointError: if it is named in the settings and damaged.
+            CheckpointError: if it is named in the settings and damaged, or if its state is not that of a run.
         """
         wanted = self.settings.resume_from_checkpoint
         if wanted == "none":
@@ -148,6 +150,7 @@ class RunFolder:
         if not path.is_dir():
             raise ValueError(f"resume_from_checkpoint={wanted!r}: expected 'latest', 'none' or a checkpoint folder")
         saved = Saved(path, *checkpoints.load_checkpoint(path))
+        check_state(path, checkpoints.step_of_checkpoint(path), saved.state, "ema" in saved.tensors)
         newest = checkpoints.list_checkpoints(self.path)[-1:]
         if wanted != "latest" and newest and newest[0].name != f"checkpoint-{saved.state['step']}":
             raise ValueError(f"resume_from_checkpoint={wanted!r}: {newest[0]} is there; expected another output_dir")
@@ -170,8 +173,9 @@ class RunFolder:
         return self.path / FINISHED
 
     def keep_finished(self, network: torch.nn.Module) -> None:
-        """Saves a network as finished, whole or not at all."""
+        """Saves a network as finished, whole or not at all; `ValueError` if its weights are not finite."""
         self.check()
+        refuse_unusable([(FINISHED, network)], "Nothing was saved.")
         with replacing_folder(self.finished) as beside:
             network.save_pretrained(beside, safe_serialization=True)
 

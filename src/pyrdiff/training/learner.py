@@ -10,8 +10,11 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
+from pyrdiff.parts.weights import unusable
+
 from .checkpoints import Tensors
 from .folder import Saved
+from .resuming import check_tensors
 from .settings import TrainingSettings
 
 
@@ -80,6 +83,12 @@ class Learner:
 
     # What a checkpoint keeps.
 
+    def unusable(self) -> str | None:
+        """The first tensor of the weights, or of their average, with values that no run goes on from."""
+        names = [name for name, _ in self.network.named_parameters()]
+        average = {} if self.ema is None else dict(zip(names, self.ema.shadow_params, strict=True))
+        return min([*unusable(self.network.state_dict()), *unusable(average)], default=None)
+
     def tensors(self) -> Tensors:
         state = self.adamw.state_dict()["state"]
         tensors = {
@@ -99,7 +108,14 @@ class Learner:
         return state
 
     def load(self, saved: Saved) -> None:
-        """Takes over what a checkpoint keeps; raises `ValueError` if it lacks the average."""
+        """
+        Takes over what a checkpoint keeps.
+
+        Raises:
+            ValueError: if it lacks the average.
+            CheckpointError: if its tensors are not those of this network in training. Nothing was taken over then.
+        """
+        check_tensors(saved.path, saved.state["step"], saved.tensors, self.network)
         self.network.load_state_dict(saved.tensors["model"])
         self._load_adamw(saved.tensors["optimizer"])
         if self.ema is not None:

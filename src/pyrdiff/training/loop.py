@@ -406,6 +406,12 @@ class Run:
 
     def _save(self) -> None:
         self.saved_seconds = self.watch.seconds
+        bad = self.learner.unusable()
+        if bad is not None:
+            raise TrainingDiverged(
+                f"{bad} has values that are not finite, or far too large for weights, at step {self.step}: stopped "
+                "without saving. The last checkpoint is from before; a lower learning_rate often helps"
+            )
         if self.accelerator.is_main_process:
             progress = {
                 "step": self.step,

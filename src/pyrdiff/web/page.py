@@ -1,13 +1,17 @@
 """The page of `pyrdiff demo`: a tab for each thing that the model can do, over a `Session`."""
 
 import base64
+import hashlib
 import html
 import io
+import ipaddress
 import os
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import gradio as gr
 from diffusers import DiffusionPipeline
@@ -79,15 +83,20 @@ def _tabs(session: Session) -> None:
                 draw(session)
 
 
-def options() -> dict:
-    """Arguments of `launch` for a page that asks nothing of other servers and offers no way in but its own."""
+def options(host: str = "127.0.0.1") -> dict:
+    """
+    Arguments of `launch` for a page that asks nothing of other servers and offers no way in but its own.
+
+    Args:
+        host: The address that it listens on. Requests that name another host are refused.
+    """
     from starlette.middleware import Middleware
 
     return {
         "theme": THEME,
         "css": CSS,
         "max_file_size": MAX_FILE_MB * 1_000_000,
-        "app_kwargs": {"middleware": [Middleware(_OwnOrigin)]},
+        "app_kwargs": {"middleware": [Middleware(_OwnOrigin), Middleware(_OwnNames, host=host)]},
         "footer_links": [],
         "run_history": False,
         "ssr_mode": False,
@@ -117,6 +126,44 @@ class _OwnOrigin:
             await send(message)
 
         await self.app(scope, receive, with_policy if scope["type"] == "http" else send)
+
+
+class _OwnNames:
+    """
+    Answers to the server's own names only. A page of someone else, whose name was made to lead to this machine (DNS
+    rebinding), could otherwise use it through the user's browser.
+    """
+
+    def __init__(self, app, host: str):
+        self.app, self.names = app, {host.strip("[]").lower(), "localhost"}
+        address = _address(host)
+        self.any_address = address is None or not address.is_loopback  # addresses cannot be made to lead elsewhere
+        if address is None or address.is_unspecified:
+            self.names |= {name.lower() for name in (socket.gethostname(), socket.getfqdn())}
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] not in ("http", "websocket") or self.knows(dict(scope["headers"]).get(b"host", b"").decode()):
+            await self.app(scope, receive, send)
+        else:
+            from starlette.responses import PlainTextResponse
+
+            await PlainTextResponse("Host: expected a name of this server\n", 400)(scope, receive, send)
+
+    def knows(self, host: str) -> bool:
+        """True if a Host header, with or without a port, is one of the server's names."""
+        try:
+            name = "" if set(host) & set("@/?#") else urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        address = _address(name)
+        return name in self.names or (address is not None and (self.any_address or address.is_loopback))
+
+
+def _address(host: str) -> "ipaddress.IPv4Address | ipaddress.IPv6Address | None":
+    try:
+        return ipaddress.ip_address(host.strip("[]"))
+    except ValueError:
+        return None
 
 
 # The tabs.
@@ -167,7 +214,7 @@ def _upscale(session: Session) -> None:
                 continue
             image = event.images[0]
             views = tuple(_view(picture) for picture in (event.before, image))
-            path = _save(image, owner, f"{Path(file).stem}_{image.width}x{image.height}.png")
+            path = _save(image, owner, file)
             label = f"Before (bicubic) and after, {image.width}×{image.height}"
             done = _done(event, f"{image.width}×{image.height} pixels")
             yield done, gr.ImageSlider(views, label=label, visible=True), gr.DownloadButton(value=path, visible=True)
@@ -428,7 +475,10 @@ def _view(image: Image.Image, side: int = SLIDER_SIDE) -> Image.Image:
 
 
 def _save(image: Image.Image, owner: str, name: str) -> str:
-    folder = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir()) / f"results-{owner}"
+    """The path of a PNG of the image. `owner` is whatever the client says: no word of it becomes part of a path."""
+    name_of_owner = hashlib.sha256(owner.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    folder = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir()) / f"results-{name_of_owner}"
     folder.mkdir(parents=True, exist_ok=True)
-    image.save(folder / name)
-    return str(folder / name)
+    path = folder / f"{Path(name).stem[:50]}_{image.width}x{image.height}.png"
+    image.save(path)
+    return str(path)

@@ -513,6 +513,42 @@ def auto_map(cls: type) -> dict[str, str]:
     return {"AutoModel": f"{source_of(cls).stem}.{cls.__name__}"}
 
 
+# pyrdiff.parts.weights: Weights that are numbers: what a run that diverged leaves is neither saved nor loaded.
+
+LARGEST_WEIGHT = 1e18  # its square still fits into float32; weights that were trained are far below
+
+
+def unusable(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of the tensors with values that are not finite, or of a size that no training ends with."""
+    return sorted(name for name, value in tensors.items() if not _is_usable(value))
+
+
+def _is_usable(value: torch.Tensor) -> bool:
+    if not value.is_floating_point() or value.is_meta or value.numel() == 0:
+        return True
+    return bool(value.detach().float().abs().amax() <= LARGEST_WEIGHT)  # NaN is not
+
+
+def refuse_unusable(networks: Iterable[tuple[str, object]], what: str) -> None:
+    """
+    Refuses networks whose weights are not numbers to go on with.
+
+    Args:
+        networks: (name, component); those that are no networks are passed over.
+        what: What does not take place, for the message.
+
+    Raises:
+        ValueError: the network and the tensor are named.
+    """
+    for name, network in networks:
+        bad = unusable(network.state_dict()) if isinstance(network, torch.nn.Module) else []
+        if bad:
+            raise ValueError(
+                f"{name}: {bad[0]} has values that are not finite or above {LARGEST_WEIGHT:g}; expected those of a "
+                f"training that did not diverge. {what}"
+            )
+
+
 # pyrdiff.parts.steps: The steps of one level: a scheduler, respaced to run only the last part of its noise process.
 
 Spacing = str | Sequence[int]  # "scheduler", "log_snr", or descending times
@@ -719,10 +755,11 @@ class StandaloneSaving(KeepsSource):
         `DiffusionPipeline`.
 
         Raises:
-            ValueError: if a class is of a script or an interactive session, or a network is inside adapters or what
-                distributes it; nothing was written then.
+            ValueError: if a class is of a script or an interactive session, if a network is inside adapters or what
+                distributes it, or if its weights are not finite; nothing was written then.
         """
         check_bare(self.components)
+        refuse_unusable(self.components.items(), "Nothing was saved.")
         classes = self._classes_with_code(self.components)
         texts = {name: standalone_text(cls) for name, cls in classes.items()}  # raises before anything is written
         names = ("repo_id", "commit_message", "private", "token", "create_pr")
