@@ -13,6 +13,7 @@ import pytest
 import pyrdiff
 from pyrdiff import cli, plugins
 from pyrdiff.commands.evaluate import EvaluateSettings
+from pyrdiff.commands.push import PushSettings
 from pyrdiff.commands.sample import SampleSettings
 from pyrdiff.commands.upscale import UpscaleSettings
 from pyrdiff.methods.pddpm import METHOD, PyramidalSettings
@@ -275,3 +276,15 @@ def test_broken_plugins_harm_no_other(installed, run):
     assert code == 0 and "--ddpm_num_steps" in printed
     message = "error: method 'raising' of the package broken failed to load: RuntimeError: no luck\n"
     assert run("train", "raising") == (2, "", message)
+
+
+@pytest.mark.parametrize("changes, said", [
+    ({"path": "nowhere"}, "path='nowhere': expected an exported folder"),
+    ({"bench": "nowhere.json"}, "--bench='nowhere.json': expected a result of pyrdiff bench"),
+    ({"pictures": ("nowhere.png",)}, "--pictures=('nowhere.png',): expected files"),
+    ({"max_megapixels": 0}, "--max_megapixels=0: expected a number above 0"),
+])  # fmt: skip
+def test_push_checks_what_is_given_before_any_work(tmp_path, changes, said):
+    with pytest.raises(ValueError) as caught:
+        PushSettings(**{"path": str(tmp_path), "repo_id": "me/model", **changes})
+    assert str(caught.value) == said

@@ -9,7 +9,7 @@ import torch
 
 from pyrdiff.methods.pddpm import METHOD, PyramidalSettings
 from pyrdiff.training.checkpoints import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
-from pyrdiff.training.loop import prepare
+from pyrdiff.training.loop import Run, prepare
 from pyrdiff.training.settings import TrainingDiverged
 
 STEP = 3
@@ -120,15 +120,30 @@ def poisoned(sound: tuple[dict, Path], folder: Path, change: Callable[[dict, dic
     return {**flags, "output_dir": str(folder), "max_train_steps": STEP + 1}
 
 
+@pytest.fixture(scope="module")
+def run(sound) -> Run:
+    """A run of the same flags that has not begun, to resume with."""
+    flags, original = sound
+    flags = {**flags, "output_dir": f"{original.parent}-again", "max_train_steps": STEP + 1}
+    return prepare(METHOD, PyramidalSettings(**flags))
+
+
+def resumed(run: Run, folder: Path) -> Run:
+    """The run as it resumes from a folder: what `prepare` does last."""
+    run.folder.path = folder
+    run._resume()
+    return run
+
+
 @pytest.mark.parametrize("kind", POISONS)
-def test_poisoned_checkpoints_are_refused(sound, tmp_path, kind):
+def test_poisoned_checkpoints_are_refused(sound, run, tmp_path, kind):
     change, file, key = POISONS[kind]
-    flags = poisoned(sound, tmp_path / "run", change)
+    poisoned(sound, tmp_path / "run", change)
     (path,) = list_checkpoints(tmp_path / "run")
     with pytest.raises(CheckpointError) as caught:
-        prepare(METHOD, PyramidalSettings(**flags))
+        resumed(run, tmp_path / "run")
     text = str(caught.value)
-    assert "\n" not in text and len(text) < 1000
+    assert "\n" not in text and len(text) < 1000 and run.step == 0
     assert str(path.parent) in text and file in text and key in text, text
 
 
@@ -145,14 +160,14 @@ def test_the_unchanged_one_is_taken(sound, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"[]", b"null", b"5", b"[" * 3000, b"{" + b'"a":' * 200 + b"1"])
-def test_a_state_that_is_no_object(sound, tmp_path, content, monkeypatch):
+def test_a_state_that_is_no_object(sound, run, tmp_path, content, monkeypatch):
     from pyrdiff.training import checkpoints
 
     monkeypatch.setattr(checkpoints, "_state_bytes", lambda state: content)
-    flags = poisoned(sound, tmp_path / "run", lambda tensors, state: None)
+    poisoned(sound, tmp_path / "run", lambda tensors, state: None)
     monkeypatch.undo()
     with pytest.raises(CheckpointError, match=f"checkpoint-{STEP}/state.json") as caught:
-        prepare(METHOD, PyramidalSettings(**flags))
+        resumed(run, tmp_path / "run")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
 
 

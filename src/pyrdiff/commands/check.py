@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 import tyro
 
-from pyrdiff.cli import parse
+from pyrdiff.cli import expect, parse
 
 
 @dataclass(kw_only=True)
@@ -26,6 +26,9 @@ class CheckSettings:
     """First replace the code in a local folder by that of the installed classes, and remove every other Python file."""
     max_megapixels: float = 64
     """The most pixels, in millions, of an image that the model's configs and plans ask for."""
+
+    def __post_init__(self):
+        expect(self, "max_megapixels", self.max_megapixels > 0, "a number above 0")
 
 
 def main(args: list[str]) -> dict:

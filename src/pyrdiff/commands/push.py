@@ -6,10 +6,11 @@ the files and their sizes are printed, and nothing is sent.
 """
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import tyro
 
-from pyrdiff.cli import parse
+from pyrdiff.cli import expect, parse
 
 
 @dataclass(kw_only=True)
@@ -35,6 +36,13 @@ class PushSettings:
     """The most pixels, in millions, of an image that the model's configs and plans ask for."""
     dry_run: bool = False
     """Print the card and list what would be published."""
+
+    def __post_init__(self):
+        if not Path(self.path).is_dir():
+            raise ValueError(f"path={self.path!r}: expected an exported folder")
+        expect(self, "bench", self.bench is None or Path(self.bench).is_file(), "a result of pyrdiff bench")
+        expect(self, "pictures", all(Path(picture).is_file() for picture in self.pictures), "files")
+        expect(self, "max_megapixels", self.max_megapixels > 0, "a number above 0")
 
 
 def main(args: list[str]) -> dict:

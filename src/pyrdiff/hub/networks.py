@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from pyrdiff import plugins
+from pyrdiff.parts.weights import unusable
 
 from .loading import (
     INDEX,
@@ -69,9 +70,9 @@ def read_network(path_or_repo: str | os.PathLike) -> SavedNetwork:
     names = current_names(network)
     saved = {key: value for path in weight_files(network) for key, value in load_file(path).items()}
     tensors = {names.get(key, key): value for key, value in saved.items()}
-    for key, value in tensors.items():
-        if not torch.isfinite(value).all():
-            raise ValueError(f"{network.folder}: {key} is not finite; expected numbers")
+    bad = unusable(tensors)
+    if bad:
+        raise ValueError(f"{network.folder}: {bad[0]} is not finite, or far too large; expected weights")
     built = None if scheduler is None else dict(scheduler.cls.from_config(scheduler.config).config)
     return SavedNetwork(network.cls.__name__, {**_defaults(network.cls), **network.config}, tensors, built)
 
