@@ -275,13 +275,14 @@ def test_what_a_call_needs_is_said():
     assert list(generate(ByPrompt(), range(5, 7), 8, {"prompt": "a cat"})) == ["a cat 5", "a cat 6"], "one a call"
 
 
-def test_after_ctrl_c_the_finished_images_stay(run, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number, ending", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_after_a_signal_the_finished_images_stay(run, tmp_path, monkeypatch, number, ending):
     whole = Image.Image.save
 
     def slow(image, file, *args, **options):
         if "00002.png" in str(file):
             Path(file).write_bytes(b"half")
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
             time.sleep(5)
         whole(image, file, *args, **options)
 
@@ -291,7 +292,7 @@ def test_after_ctrl_c_the_finished_images_stay(run, tmp_path, monkeypatch):
         code, printed, _ = run(tmp_path, "--num_images", 4, *FEW)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert code == 130 and "2 not reached" in printed
+    assert code == ending and "2 not reached" in printed
     assert names(tmp_path) == ["00000.png", "00001.png", "report.json"]
     assert json.loads((tmp_path / "report.json").read_text())["counts"]["done"] == 2
 

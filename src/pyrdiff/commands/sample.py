@@ -5,7 +5,7 @@ Image k has a generator of its own, seeded with --seed + k, so that it is the sa
 is written as a file of that number as soon as it is done; report.json says how they were made. A folder holds the
 images of one model and one way of sampling.
 
-Exit code: 0 all done, 2 bad input, 130 after Ctrl-C; the images that were finished by then stay.
+Exit code: 0 all done, 2 bad input, 130 or 143 after Ctrl-C or SIGTERM; the images that were finished by then stay.
 """
 
 import inspect
@@ -288,8 +288,8 @@ def main(args: list[str]) -> dict:
             with outputs.replacing(paths[seed]) as beside:
                 image.save(beside, "PNG")
             done.append(seed)
-    except KeyboardInterrupt:
-        code = 130
+    except (KeyboardInterrupt, SystemExit) as stopped:  # Ctrl-C and SIGTERM
+        code = getattr(stopped, "code", 130)
     seconds = time.perf_counter() - began
 
     status = dict.fromkeys(skipped, "skipped") | dict.fromkeys(done, "done")
