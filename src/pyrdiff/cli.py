@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import pyrdiff
+from pyrdiff.commands.borders import explained, in_flags
+from pyrdiff.parts.settings import did_you_mean
 from pyrdiff.training.settings import TrainingDiverged, TrainingStopped
 
 EXIT_BAD_INPUT = 2
@@ -65,8 +67,17 @@ def dispatch(args: list[str]) -> dict | None:
         print(pyrdiff.__version__)
         return {"version": pyrdiff.__version__}
     if args[0] not in COMMANDS:
-        raise ValueError(f"command {args[0]!r}: expected one of {', '.join(COMMANDS)}")
+        raise ValueError(f"command {args[0]!r}: expected one of {', '.join(COMMANDS)}{_nearest_command(args[0])}")
     return importlib.import_module(f"pyrdiff.commands.{args[0]}").main(args[1:])
+
+
+def _nearest_command(name: str) -> str:
+    """What may have been meant: a method, which `train` takes, or the command that is nearest."""
+    from pyrdiff.plugins import methods
+
+    if name.replace("-", "_") in methods():
+        return f"; did you mean 'train {name}'?"
+    return did_you_mean(name, COMMANDS)
 
 
 def parse(settings: type[S], description: str, args: list[str], prog: str | None = None) -> S:
@@ -81,10 +92,21 @@ def parse(settings: type[S], description: str, args: list[str], prog: str | None
         prog: How the command is called, for `--help`.
     """
     try:
+        _refuse_unknown(settings, args, prog)
         args = _with_true(settings, _with_file(settings, args))
         return settings(**_read_flags(settings, description, args, prog))
     except ValueError as error:
         _exit(error, EXIT_BAD_INPUT)
+
+
+def _refuse_unknown(settings: type, args: list[str], prog: str | None) -> None:
+    """Refuses a flag that is none, and offers the nearest."""
+    known = ["help", "config", *(field.name for field in fields(settings))]
+    for arg in args:
+        name = arg.partition("=")[0][2:].replace("-", "_")
+        if arg.startswith("--") and name and name not in known:
+            near = did_you_mean(f"--{name}", [f"--{one}" for one in known])
+            raise ValueError(f"--{name}: no flag of {prog or 'this command'}{near} (--help lists the flags)")
 
 
 def _read_flags(settings: type, description: str, args: list[str], prog: str | None) -> dict:
@@ -141,7 +163,8 @@ def _flags_of(settings: type, path: str) -> list[str]:
     known, flags = {field.name: field for field in fields(settings)}, []
     for key, value in _read_settings(path).items():
         if key not in known:
-            raise ValueError(f"--config: {path} has the unknown key {key!r}; expected one of {sorted(known)}")
+            near = did_you_mean(key, known)
+            raise ValueError(f"--config: {path} has the unknown key {key!r}; expected one of {sorted(known)}{near}")
         if value is None:
             if known[key].default is not None:
                 raise ValueError(f"--config: {path} has no value for {key!r}")
@@ -207,15 +230,18 @@ def run(main: Callable[[list[str]], dict | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except (ValueError, OSError, ImportError) as error:
-        _exit(error, EXIT_BAD_INPUT)
+        _exit(error, EXIT_BAD_INPUT, in_flags(str(error), args))
     except KeyboardInterrupt:
         sys.exit(130)
-    except RuntimeError as error:
-        from pyrdiff.training.checkpoints import CheckpointError  # only now: it imports torch, and --help must not
+    except Exception as error:
+        message = explained(error, args)
+        if message is None and isinstance(error, RuntimeError):
+            from pyrdiff.training.checkpoints import CheckpointError  # only now: it imports torch, and --help must not
 
-        if not isinstance(error, CheckpointError):
+            message = str(error) if isinstance(error, CheckpointError) else None
+        if message is None:
             raise
-        _exit(error, EXIT_BAD_INPUT)
+        _exit(error, EXIT_BAD_INPUT, message)
     if as_json and result is not None:
         print(json.dumps(result, indent=1, default=str))
     if result and result.get("exit_code"):
@@ -248,6 +274,6 @@ def _end(number: int, frame: object) -> NoReturn:
     sys.exit(128 + number)
 
 
-def _exit(error: Exception, code: int) -> NoReturn:
-    complain(error, str(error))
+def _exit(error: Exception, code: int, message: str | None = None) -> NoReturn:
+    complain(error, str(error) if message is None else message)
     sys.exit(code)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib.metadata import EntryPoint, entry_points
 
+from pyrdiff.parts.settings import did_you_mean
+
 GROUP = "pyrdiff.methods"
 
 
@@ -126,7 +128,8 @@ def find(name: str) -> Method:
     for plugin in plugins():
         if plugin.name.replace("-", "_") == wanted:
             raise ValueError(f"method {name!r} of the package {plugin.package} failed to load: {plugin.error}")
-    raise ValueError(f"method {name!r}: expected one of {sorted(methods())}")
+    known = sorted(methods())
+    raise ValueError(f"method {name!r}: expected one of {known}{did_you_mean(wanted, known)}")
 
 
 @cache

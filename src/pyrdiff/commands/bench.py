@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pyrdiff.cli import expect, parse
 from pyrdiff.commands.evaluate import check_resolution
+from pyrdiff.commands.paths import check_paths
 from pyrdiff.commands.sample import write_json
 from pyrdiff.commands.tuning import tune_saved
 from pyrdiff.machine import device_name, in_turn, open_device, versions
@@ -90,6 +91,8 @@ class BenchSettings:
 
 def main(args: list[str]) -> dict:
     options = parse(BenchSettings, __doc__, args, prog="pyrdiff bench")
+    files = ["arms", "weights", "lpips_weights"]
+    check_paths(options, models=["model"], images=["reference"], files=files, written=["output"])
     if options.tune is not None:
         return tune_saved(options)
     import torch

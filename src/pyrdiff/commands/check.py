@@ -6,10 +6,12 @@ pyrdiff.load and, to the same weights, where pyrdiff is not installed. Exit code
 """
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import tyro
 
 from pyrdiff.cli import expect, parse
+from pyrdiff.commands.paths import check_paths
 
 
 @dataclass(kw_only=True)
@@ -33,6 +35,8 @@ class CheckSettings:
 
 def main(args: list[str]) -> dict:
     settings = parse(CheckSettings, __doc__, args, prog="pyrdiff check")
+    if not Path(settings.path).is_dir():  # what is wrong with a folder is what the command says
+        check_paths(settings, models=["path"])
     from pyrdiff import hub
     from pyrdiff.hub.messages import file_name
 

@@ -15,6 +15,7 @@ import threading
 from dataclasses import dataclass
 
 from pyrdiff.cli import expect, parse
+from pyrdiff.commands.paths import check_paths
 
 
 @dataclass(kw_only=True)
@@ -43,6 +44,7 @@ class DemoSettings:
 
 def main(args: list[str]) -> dict:
     settings = parse(DemoSettings, __doc__, args, prog="pyrdiff demo")
+    check_paths(settings, models=["model"])
     port = _free(settings.host, settings.port)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from pyrdiff.cli import expect, parse
+from pyrdiff.commands.paths import check_paths
 from pyrdiff.commands.sample import check_call, generate, write_json
 from pyrdiff.machine import open_device, versions
 
@@ -252,6 +253,8 @@ def table(results: Sequence[dict]) -> str:
 
 def main(args: list[str]) -> dict:
     settings = parse(EvaluateSettings, __doc__, args, prog="pyrdiff evaluate")
+    images, files = ["generated", "reference", "low_res"], ["weights", "lpips_weights"]
+    check_paths(settings, models=["model"], images=images, files=files, written=["output"])
     device = open_device(settings.device)
     scores = compare_pairs(settings, device) if settings.paired else compare_sets(settings, device)
 

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pyrdiff.cli import expect, parse
+from pyrdiff.commands.paths import check_paths
 from pyrdiff.machine import open_device
 
 
@@ -40,6 +41,7 @@ class PlanSettings:
 
 def main(args: list[str]) -> dict:
     settings = parse(PlanSettings, __doc__, args, prog="pyrdiff plan")
+    check_paths(settings, models=["model"], files=["bench"], written=["costs"])
     import pyrdiff
     from pyrdiff.plan import StepCosts, bench_plans, choose, measure_costs
 

@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pyrdiff.cli import expect, parse
+from pyrdiff.commands.paths import check_paths
 from pyrdiff.machine import open_device, versions
 from pyrdiff.parts.files import replacing
 from pyrdiff.parts.json_files import parse_json
 from pyrdiff.parts.outputs import Outputs, made_by
+from pyrdiff.parts.settings import did_you_mean
 from pyrdiff.training.settings import parse_size
 
 if TYPE_CHECKING:
@@ -134,7 +136,8 @@ def check_call(pipeline: "DiffusionPipeline", arguments: dict) -> None:
     for key in arguments:
         if key not in known:
             what = f"--{key}: not" if key in FLAGS else f"--arguments: {key!r} is not"
-            raise ValueError(f"{what} for a {name}; expected some of {[key for key in known if key not in OURS]}")
+            accepted = [key for key in known if key not in OURS]
+            raise ValueError(f"{what} for a {name}; expected some of {accepted}{did_you_mean(key, accepted)}")
     missing = [key for key in needed if key not in arguments and key not in OURS]
     if missing:
         raise ValueError(f"--model: a {name} needs {missing}; expected them in --arguments of pyrdiff sample")
@@ -260,6 +263,7 @@ def refuse_mixing(paths: list[Path], outputs: Outputs) -> list[Path]:
 
 def main(args: list[str]) -> dict:
     settings = parse(SampleSettings, __doc__, args, prog="pyrdiff sample")
+    check_paths(settings, models=["model"], written=["grid"])
     from tqdm import tqdm
 
     folder, arguments = Path(settings.output_dir), call_arguments(settings)

@@ -1,6 +1,7 @@
 """Train a model on a folder of images. The same command run again resumes."""
 
 from pyrdiff.cli import parse
+from pyrdiff.commands.paths import check_paths
 from pyrdiff.plugins import find, methods, plugins
 
 
@@ -18,6 +19,7 @@ def main(args: list[str]) -> dict | None:
         raise ValueError(f"pyrdiff train {args[0]}: expected a method first, one of {sorted(methods())}")
     method = find(args[0])
     settings = parse(method.settings, method.summary, args[1:], prog=f"pyrdiff train {args[0]}")
+    check_paths(settings, images=["train_data_dir"])
     from pyrdiff.training import loop
 
     return {"pipeline": str(loop.train(method, settings))}

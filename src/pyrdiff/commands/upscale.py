@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
 from pyrdiff.cli import complain, expect, parse
+from pyrdiff.commands.paths import check_paths
 from pyrdiff.commands.sample import write_json
 from pyrdiff.machine import open_device, versions
 
@@ -288,6 +289,8 @@ def stop(*_: object) -> NoReturn:
 
 def main(args: list[str]) -> dict:
     settings = parse(UpscaleSettings, __doc__, args, prog="pyrdiff upscale")
+    check_paths(settings, models=["model"], written=["report"])
+    expect(settings, "input", Path(settings.input).exists(), "a file or a folder")
     output, work = find_work(settings)
     report_path = Path(settings.report) if settings.report else output / "report.json"
     for folder in {output, report_path.parent}:

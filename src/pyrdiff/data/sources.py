@@ -341,7 +341,7 @@ def _open_hub(name: str, config: str | None, split: str, column: str | None) -> 
 
     try:
         dataset = datasets.load_dataset(name, config, split=split)
-    except (FileNotFoundError, ConnectionError) as error:
+    except Exception as error:  # code of `datasets` and of what it reads with: whatever it raises is its own
         raise ValueError(
             f"source: {name!r} is not an existing path, and cannot be loaded as a Hub data set: {error}"
         ) from error

@@ -8,6 +8,7 @@ import diffusers
 from diffusers import SchedulerMixin
 
 from pyrdiff.parts.checks import check_scheduler, is_number
+from pyrdiff.parts.settings import did_you_mean
 
 NOISE_PROCESS = (
     "num_train_timesteps",
@@ -46,7 +47,8 @@ def read_plan(
     if isinstance(plan, str):
         known = plans or {}
         if plan not in known:
-            raise ValueError(f"plan={plan!r}: expected one of {sorted(known)}, or a dict of arguments")
+            near = did_you_mean(plan, known)
+            raise ValueError(f"plan={plan!r}: expected one of {sorted(known)}, or a dict of arguments{near}")
         plan = known[plan]
     if not isinstance(plan, dict):
         raise ValueError(f"plan={plan!r}: expected a name or a dict of arguments")

@@ -2,7 +2,8 @@
 
 import math
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 
 
 def check_choices(settings: Mapping, choices: Mapping[str, Sequence]) -> None:
@@ -30,3 +31,9 @@ def check_positive(settings: Mapping, *names: str) -> None:
     for name in names:
         if not 0 < settings[name] < math.inf:
             raise ValueError(f"{name}={settings[name]}: expected a finite number above 0")
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or nothing if none is near."""
+    near = get_close_matches(str(name), list(known), n=1, cutoff=0.7)
+    return f"; did you mean {near[0]!r}?" if near else ""

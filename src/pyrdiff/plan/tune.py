@@ -283,7 +283,7 @@ def auto_plan(pipeline, budget_ms: float, batch_size: int = 1, folder: str | Pat
             own = {name: row for name, row in figures.items() if pipeline.config.plans.get(name) == row["plan"]}
             quality = {name: row["distance"] for name, row in own.items()} or None
             intervals = {name: tuple(row["interval"]) for name, row in own.items()}
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"folder={str(folder)!r}: {FIGURES} is not of a search for plans ({error})") from error
     costs = measure_costs(pipeline, batch_size, dict(pipeline.config.plans or {}))
     return choose(pipeline, costs, budget_ms=budget_ms, quality=quality, intervals=intervals)

@@ -3,7 +3,10 @@
 import os
 
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
+
+from pyrdiff.parts.settings import did_you_mean
 
 from .settings import TrainingSettings
 
@@ -20,6 +23,10 @@ def accelerator_for(settings: TrainingSettings) -> Accelerator:
     for name in NOT_SUPPORTED:
         if parse_flag_from_env(name):
             raise ValueError(f"{name}={os.environ[name]}: expected plain data parallelism; see accelerate config")
+    trackers = [*map(str, LOGGER_TYPE_TO_CLASS), "all"]
+    if settings.report_to not in (None, *trackers):
+        near = did_you_mean(settings.report_to, trackers)
+        raise ValueError(f"report_to={settings.report_to!r}: expected one of {trackers}{near}")
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         # As a plugin, since accelerate takes the plain number from its environment if it is there, too.

@@ -155,15 +155,17 @@ class RunFolder:
         if wanted != "latest" and newest and newest[0].name != f"checkpoint-{saved.state['step']}":
             raise ValueError(f"resume_from_checkpoint={wanted!r}: {newest[0]} is there; expected another output_dir")
         for key, value in identity.items():
-            its_value = saved.state["identity"].get(key)
+            its_value = saved.state["identity"].get(key, value if key == "images" else None)  # once not counted
             if key in defaults and isinstance(its_value, dict):
                 its_value = {name: its_value.get(name, defaults[key].get(name)) for name in value}
             if its_value != value:
                 its_value, value = _differing(its_value, value)
-                raise ValueError(
-                    f"{path} has {key}={_short(its_value)}, this run has {_short(value)}; "
-                    "expected the same, or another output_dir"
-                )
+                said = f"has {key}={_short(its_value)}, this run has {_short(value)}"
+                if key == "images":
+                    said = f"is of other images: {its_value} then, {value} now"
+                elif key == "data":
+                    said = "is of other images, or of the same at other sizes: as many then as now, with other pixels"
+                raise ValueError(f"{path} {said}; expected the same, or another output_dir")
         return saved
 
     # The finished network, where another method builds on it.

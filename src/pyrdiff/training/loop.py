@@ -242,6 +242,7 @@ class Run:
             "method": self.method.name,
             "network": _config(network),
             "scheduler": _config(self.scheduler),
+            "images": len(self.images),
             "data": self.images.fingerprint,
             "batch": [self.accelerator.num_processes * size for size in self.batches.batch_sizes],
             "level_share": None if len(set(shares)) == 1 else shares,

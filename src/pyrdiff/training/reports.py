@@ -33,7 +33,13 @@ def opening(run: "Run") -> None:
     )
     if run.settings.report_to:
         config = {key: v if isinstance(v, (int, float, str, bool)) else str(v) for key, v in settings.items()}
-        accelerator.init_trackers(run.method.name, config=config)
+        try:
+            accelerator.init_trackers(run.method.name, config=config)
+        except Exception as error:  # code of the tracker's package: whatever it raises is its own
+            raise ValueError(
+                f"report_to={run.settings.report_to!r}: could not start ({type(error).__name__}: {error}); expected a "
+                "tracker that you are logged in to, or none"
+            ) from error
 
 
 def log_step(run: "Run", step: "Launched", loss: float) -> None:

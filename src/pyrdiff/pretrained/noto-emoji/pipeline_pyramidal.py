@@ -20,6 +20,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -55,6 +56,12 @@ def check_positive(settings: Mapping, *names: str) -> None:
     for name in names:
         if not 0 < settings[name] < math.inf:
             raise ValueError(f"{name}={settings[name]}: expected a finite number above 0")
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or nothing if none is near."""
+    near = get_close_matches(str(name), list(known), n=1, cutoff=0.7)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 # pyrdiff.parts.checks: Checks of arguments that several pipelines take. Each raises `ValueError` with the name, the value and what fits.
@@ -325,7 +332,8 @@ def read_plan(
     if isinstance(plan, str):
         known = plans or {}
         if plan not in known:
-            raise ValueError(f"plan={plan!r}: expected one of {sorted(known)}, or a dict of arguments")
+            near = did_you_mean(plan, known)
+            raise ValueError(f"plan={plan!r}: expected one of {sorted(known)}, or a dict of arguments{near}")
         plan = known[plan]
     if not isinstance(plan, dict):
         raise ValueError(f"plan={plan!r}: expected a name or a dict of arguments")
