@@ -226,7 +226,7 @@ def test_lpips_is_left_out_where_its_weights_cannot_be_had(run, tmp_path, lpips_
     assert code == 0 and list(result["arms"]["bicubic"]["metrics"]) == ["psnr", "ssim", "consistency"]
     assert "no network" in result["conventions"]["left_out"]["lpips"]
     _, _, error, code = run("enlarge", *flags, "--lpips_weights", "none")
-    assert code == 2 and error.startswith("error: --lpips_weights: weights='none'")
+    assert code == 2 and error.startswith("error: --lpips_weights='none'")
 
 
 def test_arms_are_timed_in_turn_after_a_warm_up_and_apart_from_scoring(run, tmp_path, monkeypatch):
@@ -246,8 +246,8 @@ def test_arms_are_timed_in_turn_after_a_warm_up_and_apart_from_scoring(run, tmp_
 @pytest.mark.parametrize(
     "model, flags, message",
     [
-        ("pyramid", "--reference none", "source='none' does not exist"),
-        ("pyramid", "--reference empty", "folder='empty' has no image"),
+        ("pyramid", "--reference none", "--reference='none': expected"),
+        ("pyramid", "--reference empty", "--reference='empty' has no image"),
         ("pyramid", "--reference few", "--reference: has 3 images; expected 4"),
         ("enlarge", "--reference mixed", "--reference: has sizes .* expected one, or --resolution"),
         ("pyramid", "--reference real --resolution 36", r"its images have size \(24, 24\), the reference \(36, 36\)"),
@@ -261,15 +261,15 @@ def test_arms_are_timed_in_turn_after_a_warm_up_and_apart_from_scoring(run, tmp_
         ("pyramid", "--reference real --arms ours.json", r"--arms: 'mine' has \['generator'\]"),
         ("pyramid", "--reference real --arms wrong.json", "arm 'mine': num_inference_steps=0: expected"),
         ("pyramid", "--reference real --arms list.json", "--arms: 'list.json': expected {name"),
-        ("pyramid", "--reference real --arms none", "--arms: none: cannot be read"),
+        ("pyramid", "--reference real --arms none", "--arms='none': expected a file"),
         ("pyramid", "--reference real --num_images 3", "--num_images=3: expected 4 or more"),
         ("pyramid", "--reference real --resolution 0", r"--resolution=\(0,\)"),
         ("pyramid", "--reference real --resamples 1", "--resamples=1"),
         ("pyramid", "--reference real --output real", "--output='real'"),
-        ("pyramid", "--reference real --weights none", "weights='none', which is no file"),
+        ("pyramid", "--reference real --weights none", "--weights='none': expected a file"),
         ("pyramid", "--reference real --scale_factor 2", "--scale_factor: not for a PyramidalPipeline"),
         ("pyramid", "--reference real --device none", "device='none'"),
-        ("none", "--reference real", "path_or_repo='none': expected a folder"),
+        ("none", "--reference real", "--model='none': expected a folder"),
         ("enlarge", "--reference real --scale_factor 5", "--scale_factor=5: does not divide"),
         ("enlarge", "--reference real --scale_factor 1", "--scale_factor=1"),
     ],

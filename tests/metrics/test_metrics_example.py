@@ -163,7 +163,7 @@ def test_a_model_against_a_folder(run, tmp_path, squeezenet_file):
     "flags, message",
     [
         ("--generated G", "--generated, --reference: have sizes"),
-        ("--generated none", "source=.*none' does not exist"),
+        ("--generated none", "--generated='none': expected"),
         ("", "--model=None: expected either it or --generated"),
         ("--generated G --model M", "--model='.*': expected either it or --generated"),
         ("--generated R --metrics psnr", r"--metrics=\('psnr',\): expected some of .* without --paired"),
@@ -171,8 +171,8 @@ def test_a_model_against_a_folder(run, tmp_path, squeezenet_file):
         ("--generated G --paired", "G, .*R: 1 names are in one only, such as 'image 4'"),
         ("--generated R --paired --metrics consistency", "--low_res=None: expected the inputs"),
         ("--generated R --paired --crop_border 99", "crop_border=99"),
-        ("--generated R --features resnet", "name='resnet'"),
-        ("--generated R --weights none", "weights='none', which is no file"),
+        ("--generated R --features resnet", "--features='resnet'"),
+        ("--generated R --weights none", "--weights='none': expected a file"),
         ("--generated R --resolution 0", r"--resolution=\(0,\)"),
         ("--generated R --batch_size 0", "--batch_size=0"),
         ("--generated R --resamples 1", "--resamples=1"),
@@ -181,8 +181,8 @@ def test_a_model_against_a_folder(run, tmp_path, squeezenet_file):
         ("--model SR", "--model: a ResidualSRPipeline enlarges images; .*pyrdiff upscale"),
         ("--generated B", "bad image .*image 1.png: "),
         ("--generated R --paired --metrics lpips --lpips_weights none", "weights='none'"),
-        ("--model none", "path_or_repo='none': expected a folder"),
-        ("--model R", "path_or_repo=.*expected an exported pipeline"),
+        ("--model none", "--model='none': expected a folder"),
+        ("--model R", "--model='R': expected a saved pipeline"),
     ],
 )
 def test_bad_input_is_one_line(flags, message, run, tmp_path, monkeypatch, squeezenet_file, lpips_heads):

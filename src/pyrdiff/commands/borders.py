@@ -34,7 +34,8 @@ def explained(error: BaseException, args: Sequence[str]) -> str | None:
         return f"out of memory on the {where}{detail}; expected to fit with {advice}"
     if type(error).__module__.partition(".")[0] == "datasets":
         cause = f" ({' '.join(str(error.__cause__).split())})" if error.__cause__ else ""
-        return f"the data set cannot be read: {name}: {said}{cause}; expected another --dataset_name or --dataset_config_name"
+        expected = "expected another --dataset_name or --dataset_config_name"
+        return f"the data set cannot be read: {name}: {said}{cause}; {expected}"
     return None
 
 
