@@ -91,7 +91,7 @@ PATHS = [
     ("plan --model noto-emoji --bench nope --budget_ms 1", "--bench='nope'"),
     ("check ./nope", "--path='./nope'"),
     ("push images me/x --bench nope", "--bench='nope'"),
-    ("push images me/x --pictures nope", "--pictures='nope'"),
+    ("push images me/x --pictures nope", "--pictures=('nope',)"),
     ("demo --model ./nope", "--model='./nope'"),
 ]
 WITHOUT_TORCH = """
