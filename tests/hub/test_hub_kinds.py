@@ -252,6 +252,18 @@ def test_hostile_folders(exports, tmp_path, kind, monkeypatch, runslow):
     assert not canary.exists() and contents(tmp_path, folder) == before
 
 
+def test_trust_is_for_the_code_that_the_index_names(exports, tmp_path, forked):
+    canary, folder = tmp_path / "canary", tmp_path / "theirs"
+    shutil.copytree(exports["pyramidal"], folder)
+    MENDED["all code"](folder, canary)
+    with (folder / "pipeline_pyramidal.py").open("a") as file:
+        file.write("# changed\n")
+    found = hub.check(folder, trust_remote_code=True)
+    assert found.loads_elsewhere and not found.sound and not canary.exists(), found.problems
+    MENDED["changed network"](folder, canary)
+    assert hub.check(folder, trust_remote_code=True).loads_elsewhere and canary.read_text() == "ran"
+
+
 def contents(place: Path, without: Path) -> dict[Path, bytes | None]:
     """{path: content} of all that lies in a place, but for what is in a folder of it."""
     paths = [path for path in place.rglob("*") if not path.is_relative_to(without)]
