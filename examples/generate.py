@@ -9,6 +9,7 @@ from the network's predictions, and the samples.
 """
 
 import argparse
+import inspect
 import sys
 import time
 from itertools import accumulate, pairwise
@@ -67,10 +68,10 @@ def main() -> None:
     pipeline = DiffusionPipeline.from_pretrained(options.model, trust_remote_code=options.trust_remote_code)
     pipeline.to(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     generators = [torch.Generator().manual_seed(options.seed + index) for index in range(options.batch_size)]
-    quick = hasattr(pipeline, "autoencoder")
-    others = ("plan", "num_inference_steps", "refine_steps", "refine_strength") if quick else ("num_passes",)
-    for name in others:
-        if getattr(options, name) is not None:
+    known = inspect.signature(pipeline.__call__).parameters
+    quick = "return_trajectory" in known
+    for name in ("plan", "num_inference_steps", "refine_steps", "refine_strength", "num_passes"):
+        if getattr(options, name) is not None and name not in known:
             raise ValueError(f"--{name}: not for a {type(pipeline).__name__}")
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)

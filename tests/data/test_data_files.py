@@ -8,10 +8,10 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, ImageFile, PngImagePlugin
+from PIL import Image, ImageCms, ImageFile, ImageOps, PngImagePlugin
 from PIL.TiffImagePlugin import IFDRational
 
-from pyrdiff.data import BadImageError, Picture, check_saving, open_picture, save_picture
+from pyrdiff.data import BadImageError, Picture, check_saving, fill_hidden, open_picture, save_picture
 
 RGB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 CMYK_PROFILE = RGB_PROFILE[:16] + b"CMYK" + RGB_PROFILE[20:]
@@ -142,6 +142,8 @@ def test_conversions_are_said(tmp_path, mode, options, becomes, alpha):
     image = noise("RGB" if mode == "1" else mode).convert(mode)
     if mode == "P":
         image.putpalette(np.random.default_rng(1).integers(0, 256, 768, dtype=np.uint8).tobytes())
+    if options:
+        image.putpixel((0, 0), options["transparency"])
     image.save(tmp_path / "a.png", **options)
     picture = open_picture(tmp_path / "a.png")
     assert picture.notes == [f"{mode} converted to {becomes}"]
@@ -287,9 +289,14 @@ def test_damaged_exif_is_kept_or_named(tmp_path):
     assert not (tmp_path / "b.tif").exists()
 
 
-def test_xmp_is_left_out_with_a_word_and_old_exif_is_read(tmp_path):
+def test_xmp_is_kept_or_named_and_old_exif_is_read(tmp_path):
     noise().save(tmp_path / "a.webp", xmp=b"<x:xmpmeta/>")
-    assert open_picture(tmp_path / "a.webp").notes == ["XMP left out"]
+    for suffix in ("webp", "jpg", "png"):
+        assert save_picture(open_picture(tmp_path / "a.webp"), tmp_path / f"b.{suffix}") == []
+        with Image.open(tmp_path / f"b.{suffix}") as image:
+            image.load()
+            assert image.info["xmp"] == b"<x:xmpmeta/>"
+    assert save_picture(open_picture(tmp_path / "a.webp"), tmp_path / "b.tif") == ["left out: XMP"]
     text = PngImagePlugin.PngInfo()
     block = exif().tobytes()
     text.add_text("Raw profile type exif", f"\nexif\n{len(block):8}\n{block.hex()}\n")
@@ -350,3 +357,100 @@ def test_two_at_once_leave_the_settings_of_the_process(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"first.png", "second.png"}
     assert set(limits) == {50} and Image.MAX_IMAGE_PIXELS == 50
     assert list(warnings.filters) == filters
+
+
+def with_png_chunk(data: bytes, kind: bytes, body: bytes) -> bytes:
+    return data[:33] + chunk(kind, body) + data[33:]
+
+
+def with_segment(data: bytes, code: int, body: bytes) -> bytes:
+    return data[:2] + struct.pack(">BBH", 0xFF, code, len(body) + 2) + body + data[2:]
+
+
+def test_what_a_png_says_is_kept_in_a_png_and_named_elsewhere(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("parameters", "steps: 20")
+    text.add_itxt("Title", "Größe", "de", "Titel")
+    noise().save(tmp_path / "a.png", pnginfo=text)
+    data = with_png_chunk((tmp_path / "a.png").read_bytes(), b"gAMA", struct.pack(">I", 100_000))
+    (tmp_path / "a.png").write_bytes(with_png_chunk(data, b"tIME", bytes([7, 232, 1, 2, 3, 4, 5])))
+    picture = open_picture(tmp_path / "a.png")
+    assert save_picture(picture, tmp_path / "b.png") == ["left out: PNG chunk tIME"]
+    with Image.open(tmp_path / "b.png") as image:
+        image.load()
+        assert image.text == {"parameters": "steps: 20", "Title": "Größe"} and image.info["gamma"] == 1.0
+    for suffix in ("jpg", "webp", "tif"):
+        (note,) = save_picture(picture, tmp_path / f"b.{suffix}")
+        for lost in ("'parameters'", "'Title'", "gAMA", "tIME"):
+            assert lost in note
+
+
+def test_what_a_jpeg_says_is_kept_in_a_jpeg_and_named_elsewhere(tmp_path):
+    noise().save(tmp_path / "a.jpg", comment=b"a comment")
+    iptc = b"Photoshop 3.0\x008BIM\x04\x04\0\0" + struct.pack(">I", 12) + b"\x1c\x02\x19\0\x07keyword"
+    data = with_segment((tmp_path / "a.jpg").read_bytes(), 0xED, iptc)
+    (tmp_path / "a.jpg").write_bytes(with_segment(data, 0xEB, b"JP signed"))
+    picture = open_picture(tmp_path / "a.jpg")
+    assert save_picture(picture, tmp_path / "b.jpg") == ["left out: JPEG segment APP11"]
+    with Image.open(tmp_path / "b.jpg") as image:
+        assert image.info["comment"] == b"a comment" and ("APP13", iptc) in image.applist
+    (note,) = save_picture(picture, tmp_path / "b.png")
+    assert "JPEG comment" in note and "IPTC" in note and "APP11" in note
+
+
+def test_tags_that_a_tiff_does_not_keep_are_named(tmp_path):
+    block = Image.Exif()
+    block[0x010F], block[0x4746] = "Camera", 4  # a rating
+    noise().save(tmp_path / "a.png", exif=block)
+    assert save_picture(open_picture(tmp_path / "a.png"), tmp_path / "b.tif") == ["left out: EXIF Rating"]
+    noise().save(tmp_path / "c.tif", tiffinfo={0x010F: "Camera", 65000: "own"})
+    (note,) = save_picture(open_picture(tmp_path / "c.tif"), tmp_path / "d.tif")
+    assert "65000" in note
+
+
+def test_alpha_of_255_everywhere_is_no_alpha(tmp_path):
+    for mode in ("RGBA", "LA"):
+        image = noise(mode)
+        image.putalpha(255)
+        image.save(tmp_path / "a.png")
+        picture = open_picture(tmp_path / "a.png")
+        assert picture.alpha is None and picture.notes == ["alpha left out: it is opaque everywhere"]
+        for suffix in ("jpg", "webp", "bmp"):
+            save_picture(picture, tmp_path / f"b.{suffix}")
+    save_picture(Picture(noise(), alpha=Image.new("L", (10, 12), 255)), tmp_path / "c.webp")
+    assert Image.open(tmp_path / "c.webp").mode == "RGB"
+
+
+def test_a_bitmap(tmp_path):
+    for mode in ("L", "RGB"):
+        noise(mode).save(tmp_path / "a.png", exif=exif(), icc_profile=RGB_PROFILE)
+        said = save_picture(open_picture(tmp_path / "a.png"), tmp_path / "b.bmp")
+        assert [note.split(",")[0] for note in said] == ["ICC profile left out", "EXIF left out", "turned upright"]
+        upright = noise(mode).transpose(Image.Transpose.ROTATE_270)
+        assert Image.open(tmp_path / "b.bmp").tobytes() == upright.tobytes()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_shown_and_stored(tmp_path, orientation):
+    noise().save(tmp_path / "a.png", exif=exif(orientation))
+    picture = open_picture(tmp_path / "a.png")
+    (shown, _), viewed = picture.upright(), ImageOps.exif_transpose(Image.open(tmp_path / "a.png"))
+    assert shown.tobytes() == viewed.tobytes() and shown.size == viewed.size
+    assert picture.with_shown(shown, None).color.tobytes() == picture.color.tobytes() == noise().tobytes()
+
+
+def test_hidden_colours_come_from_what_is_seen():
+    rows, columns = np.mgrid[0:13, 0:10]
+    alpha = np.where((rows - 6) ** 2 + (columns - 5) ** 2 < 9, 255, 0).astype(np.uint8)
+    alpha[0, 0] = 1
+    seen = np.uint8([230, 60, 40])
+    filled = []
+    for hidden in (0, 255, 77):
+        color = np.where(alpha[..., None] > 0, seen, np.uint8(hidden)).astype(np.uint8)
+        filled.append(fill_hidden(Image.fromarray(color), Image.fromarray(alpha)))
+        assert (np.asarray(filled[-1]) == seen).all()
+    gray = noise("L", 13, 10)
+    kept = np.asarray(fill_hidden(gray, Image.fromarray(alpha)))
+    assert (kept == np.asarray(gray))[alpha > 0].all() and not (kept == np.asarray(gray))[alpha == 0].all()
+    nothing = fill_hidden(gray, Image.new("L", gray.size, 0))
+    assert nothing.size == gray.size

@@ -481,3 +481,15 @@ def test_levels_say_what_was_converted(tmp_path, caplog):
         levels = ImageLevels.build(tmp_path, [8], cache_dir=tmp_path / ".cache")
         assert levels.notes == {note: (2, str(tmp_path / "b.png"))}
         assert caplog.messages == [f"2 of 3 images, {tmp_path / 'b.png'} the first: {note}"]
+
+
+def test_a_row_that_no_decoder_takes_is_a_bad_image(tmp_path):
+    """Pillow raises MemoryError for it, which would end a training that skips bad images."""
+    (tmp_path / "wide.png").write_bytes(png_header(89_478_485, 1))
+    Image.fromarray(noise()).save(tmp_path / "a.png")
+    with pytest.raises(BadImageError, match="too large: 89478485"):
+        decode_image(tmp_path / "wide.png", 3)
+    with pytest.raises(BadImageError, match="too large: 89478485"):
+        open_picture(tmp_path / "wide.png")
+    levels = ImageLevels.build(tmp_path, [8], on_bad_image="skip")
+    assert len(levels) == 1 and "too large" in levels.bad[0][1]

@@ -16,8 +16,9 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
+import warm
 from diffusers import DDPMScheduler
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageOps
 
 import pyrdiff
 from pyrdiff import (
@@ -28,8 +29,11 @@ from pyrdiff import (
     ResidualSRUNet2DModel,
     hub,
 )
+from pyrdiff.commands import upscale
 from pyrdiff.commands.upscale import UpscaleSettings
+from pyrdiff.data import fill_hidden
 from pyrdiff.parts.operators import SeparableOperator
+from pyrdiff.parts.outputs import RECORD
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "upscale.py"
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -102,8 +106,9 @@ def orientation(number: int) -> Image.Exif:
 
 
 def files(folder: Path) -> list[str]:
-    """All of them, hidden ones too."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    """All of them, hidden ones too, but the record of what a run made."""
+    found = (path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def good_files(folder: Path) -> None:
@@ -125,10 +130,10 @@ def good_files(folder: Path) -> None:
     save(noise("RGBA"), folder / "deep/deeper/alpha.png", icc_profile=PROFILE)
     save(noise("RGBA"), folder / "deep/alpha.tif", icc_profile=PROFILE)
     save(indexed, folder / "deep/palette.png")
-    save(indexed, folder / "deep/palette clear.png", transparency=3)
+    save(indexed, folder / "deep/palette clear.png", transparency=indexed.getpixel((0, 0)))
     save(noise().convert("1"), folder / "deep/one bit.png")
     save(noise("CMYK"), folder / "deep/cmyk.jpg")
-    save(noise("L"), folder / "deep/keyed.png", transparency=9)
+    save(noise("L"), folder / "deep/keyed.png", transparency=noise("L").getpixel((0, 0)))
     save(noise(), folder / "ünï cödé.png", exif=orientation(5))
     save(noise(), folder / "deep/a.png")
 
@@ -149,7 +154,7 @@ def broken_files(folder: Path) -> dict[str, str]:
     frames[0].save(folder / "bad/moving.gif", save_all=True, append_images=frames[1:])
     frames[0].save(folder / "bad/pages.tif", save_all=True, append_images=frames[1:])
     (folder / "bad/link.png").symlink_to(folder / "nowhere.png")
-    save(noise(), folder / "bad/bitmap.bmp")
+    save(noise(), folder / "bad/still.gif")
     return {
         "bad/truncated.png": "truncated",
         "bad/truncated.jpg": "truncated",
@@ -160,7 +165,7 @@ def broken_files(folder: Path) -> dict[str, str]:
         "bad/moving.gif": "2 frames",
         "bad/pages.tif": "2 frames",
         "bad/link.png": "No such file",
-        "bad/bitmap.bmp": "'.bmp' are not written",
+        "bad/still.gif": "'.gif' are not written",
     }
 
 
@@ -257,22 +262,45 @@ def test_a_result_depends_on_seed_and_name_and_not_on_its_neighbours(run, tmp_pa
 
 
 def test_skip_existing(run, tmp_path, monkeypatch):
+    """Skipped is what this run would have made, and nothing else."""
     for name in ("a.png", "b.png"):
         save(noise(), tmp_path / "in" / name)
-    save(Image.new("RGB", (1, 1)), tmp_path / "out/a.png")
+    made = ["--outscale", 2, "--skip_existing"]
+    code, *_ = run(tmp_path / "in/a.png", tmp_path / "out", *made)
     kept = (tmp_path / "out/a.png").read_bytes()
-    code, _, report = run(tmp_path / "in", tmp_path / "out", "--skip_existing")
+    code, _, report = run(tmp_path / "in", tmp_path / "out", *made)
     assert code == 0 and [file["status"] for file in report["files"]] == ["skipped", "done"]
     assert (tmp_path / "out/a.png").read_bytes() == kept
     with monkeypatch.context() as patch:  # with nothing left to do, no model is loaded
         patch.setattr(hub, "load", None)
-        code, _, report = run(tmp_path / "in", tmp_path / "out", "--skip_existing")
+        code, _, report = run(tmp_path / "in", tmp_path / "out", *made)
     assert code == 0 and report["counts"]["skipped"] == 2
-    code, _, report = run(tmp_path / "in", tmp_path / "out")
-    assert code == 0 and (tmp_path / "out/a.png").read_bytes() != kept
+    code, lines, _ = run(tmp_path / "in", tmp_path / "out", "--outscale", 4, "--skip_existing")  # x2 is not x4
+    assert code == 2 and "a.png" in lines[0] and "not made by this run" in lines[0] and "--overwrite" in lines[0]
+    os.utime(tmp_path / "in/b.png")  # a picture that changed since
+    code, _, report = run(tmp_path / "in", tmp_path / "out", *made)
+    assert code == 0 and [file["status"] for file in report["files"]] == ["skipped", "done"]
 
 
-def test_results_are_no_inputs(run, tmp_path):
+def test_files_of_others_are_not_replaced(run, tmp_path, monkeypatch):
+    source = save(noise(), tmp_path / "in/a.png").parent
+    for name in ("a.png", "report.json"):
+        (tmp_path / "out").mkdir(exist_ok=True)
+        (tmp_path / "out" / name).touch()  # of 0 bytes: neither a result nor ours
+        for flags in ([], ["--skip_existing"]):
+            with monkeypatch.context() as patch:
+                patch.setattr(hub, "load", None)  # nothing is done before it is said
+                code, lines, _ = run(source, tmp_path / "out", *flags) if name == "a.png" else (2, [name], None)
+            assert code == 2 and name in lines[0]
+        (tmp_path / "out" / name).unlink()
+    (tmp_path / "out/report.json").write_text("{}")
+    code, lines, _ = run(source, tmp_path / "out")
+    assert code == 2 and "report.json" in lines[0] and (tmp_path / "out/report.json").read_text() == "{}"
+    code, _, report = run(source, tmp_path / "out", "--overwrite")
+    assert code == 0 and report["counts"]["done"] == 1
+
+
+def test_results_are_no_inputs(run, tmp_path, capsys):
     source = save(noise(), tmp_path / "in/a.png").parent
     for _ in range(2):  # inside the input folder, but not read the second time
         code, _, report = run(source, source / "larger")
@@ -281,12 +309,10 @@ def test_results_are_no_inputs(run, tmp_path):
 
     code, lines, _ = run(source, source)
     assert code == 2 and "would replace the input a.png" in lines[0]
-    for _ in range(2):
-        code, _, report = run(source, source, "--suffix", "_x4", "--skip_existing")
+    for flags in ([], ["--skip_existing"], []):
+        code, _, report = run(source, source, "--suffix", "_x4", *flags)
         assert code == 0 and [file["output"] for file in report["files"]] == ["a_x4.png"]
     assert files(source) == ["a.png", "a_x4.png", "report.json"]
-    code, lines, _ = run(source, source, "--suffix", "_x4")
-    assert code == 2 and "a.png would replace the input a_x4.png" in lines[0]
 
 
 def test_two_inputs_with_one_result(run, tmp_path):
@@ -301,10 +327,10 @@ def test_two_inputs_with_one_result(run, tmp_path):
 def test_another_extension(run, tmp_path, monkeypatch):
     save(noise("RGBA"), tmp_path / "in/a.png")
     with monkeypatch.context() as patch:  # no time is spent on what could not be written
-        patch.setattr(pyrdiff.GuidedSRPipeline, "__call__", None)
+        patch.setattr(upscale, "enlarge", None)
         code, lines, _ = run(tmp_path / "in", tmp_path / "out", "--ext", "jpg")
     assert code == 2 and lines == ["error: a.png: JPEG holds no transparency; expected png, webp or tif"]
-    save(noise(), tmp_path / "in/b.bmp")
+    save(noise(), tmp_path / "in/b.gif")
     code, *_ = run(tmp_path / "in", tmp_path / "out", "--ext", "jpg", "--keep_going")
     assert code == 1 and files(tmp_path / "out") == ["b.jpg", "report.json"]
     code, *_ = run(tmp_path / "in", tmp_path / "out", "--ext", "webp")
@@ -337,8 +363,9 @@ def test_a_model_made_to_enlarge(run, tmp_path, models):
     assert (code, lines) == (0, [])
     pipeline = pyrdiff.load(models["sr"])
     pipeline.set_progress_bar_config(disable=True)
+    seen = fill_hidden(noise("RGBA").convert("RGB"), noise("RGBA").getchannel("A"))
     expected = pipeline(
-        noise("RGBA").convert("RGB"), 3, plan="short", color_fix=True, hard_consistency=True, tile=8,
+        seen, 3, plan="short", color_fix=True, hard_consistency=True, tile=8,
         generator=torch.Generator().manual_seed(report["files"][0]["seed"]),
     ).images[0]  # fmt: skip
     given = Image.open(tmp_path / "out/a.png")
@@ -434,7 +461,7 @@ def test_an_interrupted_run_leaves_no_partial_file(run, tmp_path, monkeypatch, n
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_a_model_that_gives_no_numbers(run, tmp_path, models):
     pipeline = pyrdiff.load(models[3])
-    torch.nn.init.constant_(pipeline.unet.conv_out.bias, float("nan"))
+    torch.nn.init.constant_(pipeline.unet.conv_out.weight, 3e38)  # numbers, whose sums are none
     pipeline.save_pretrained(tmp_path / "model")
     source = save(noise(), tmp_path / "a.png")
     code, lines, _ = run(source, tmp_path / "out", "--model", tmp_path / "model")
@@ -455,3 +482,87 @@ def test_a_full_disk_is_said(run, tmp_path, monkeypatch):
     for line, name in zip(lines, ("a.png", place), strict=True):
         assert line.startswith(f"error: {name}: No space left on device (")
     assert report is None and not files(tmp_path / "out")
+
+
+@pytest.mark.parametrize("channels", [3, "sr"])
+def test_a_turned_photograph_is_enlarged_as_it_is_shown(run, tmp_path, channels):
+    """All eight are shown as one picture: what comes of them is, too, with the tag as it was."""
+    picture = noise(height=6, width=8)
+    turns = {1: None, 3: Image.ROTATE_180, 6: Image.ROTATE_90, 8: Image.ROTATE_270, 2: Image.FLIP_LEFT_RIGHT}
+    shown = []
+    for number, turn in turns.items():
+        stored = picture if turn is None else picture.transpose(turn)
+        save(stored, tmp_path / f"{number}/a.png", exif=orientation(number))
+        run(tmp_path / f"{number}/a.png", tmp_path / f"out{number}", "--outscale", 2, channels=channels)
+        with Image.open(tmp_path / f"out{number}/a.png") as image:
+            assert image.getexif()[0x0112] == number
+            shown.append(np.asarray(ImageOps.exif_transpose(image)))
+    for each in shown[1:]:
+        np.testing.assert_array_equal(each, shown[0])
+
+
+def test_hidden_colours_do_not_bleed(run, tmp_path):
+    """A disc with three colours under its transparent part looks the same, laid on any colour."""
+    rows, columns = np.mgrid[0:16, 0:16]
+    alpha = np.where((rows - 8) ** 2 + (columns - 8) ** 2 < 36, 255, 0)[..., None]
+    results = []
+    for hidden in (0, 60, 255):
+        color = np.where(alpha > 0, [230, 60, 40], hidden)
+        save(Image.fromarray(np.concatenate([color, alpha], -1).astype(np.uint8)), tmp_path / f"{hidden}/a.png")
+        run(tmp_path / f"{hidden}/a.png", tmp_path / "out" / str(hidden), "--outscale", 2)
+        results.append(np.asarray(Image.open(tmp_path / "out" / str(hidden) / "a.png")))
+    for each in results[1:]:
+        np.testing.assert_array_equal(each, results[0])
+
+
+def test_the_consistency_is_that_of_the_file(run, tmp_path):
+    picture = save(noise("RGBA", 12, 12), tmp_path / "in/a.png").parent
+    save(noise(height=12, width=12), picture / "b.jpg", quality=95)
+    flags = ["--outscale", 2, "--hard_consistency"]
+    code, _, report = run(picture, tmp_path / "out", *flags)
+    assert code == 0
+    for file in report["files"]:
+        written, given = Image.open(tmp_path / "out" / file["output"]), Image.open(picture / file["input"])
+        operator = SeparableOperator.named("bicubic", (24, 24), (12, 12), 1)
+        planes = [np.asarray(each, np.float32).transpose(2, 0, 1)[:, None] / 255 for each in (written, given)]
+        off = (operator.A(torch.from_numpy(planes[0])) - torch.from_numpy(planes[1])).abs()
+        seen = torch.from_numpy(planes[1][3:]) if len(off) == 4 else torch.ones(1)
+        off[:3] *= seen
+        assert file["consistency"] == pytest.approx(off.mean().item(), abs=2e-3)
+        said = any("hard_consistency is not met" in note for note in file["notes"])
+        assert (
+            said == (file["largest_difference"] > 1.5 / 255) and file["largest_difference"] >= off.max().item() - 0.01
+        )
+    assert report["files"][1]["largest_difference"] > 3 / 255  # noise in a JPEG
+
+
+def test_a_pipe_that_nobody_reads_any_more(tmp_path, models):
+    for name in ("a.png", "b.png"):
+        save(noise(), tmp_path / "in" / name)
+    reader, writer = os.pipe()
+    os.close(reader)
+    flags = ["--model", models[3], "--input", tmp_path / "in", "--output", tmp_path / "out", "--refine_steps", 2]
+    process = warm.start(SCRIPT, *flags, stdout=writer)
+    os.close(writer)
+    assert process.wait() == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["counts"] == {"done": 2, "skipped": 0, "failed": 0, "not reached": 0}
+
+
+@pytest.mark.parametrize("height, width", [(1, 9), (9, 1), (3, 5)])
+def test_sides_of_few_pixels(run, tmp_path, height, width):
+    source = save(noise(height=height, width=width), tmp_path / "a.png")
+    for channels in (3, "sr"):
+        code, lines, _ = run(source, tmp_path / str(channels) / "b.png", "--outscale", 2, channels=channels)
+        assert (code, lines) == (0, []) and Image.open(tmp_path / str(channels) / "b.png").size == (
+            2 * width,
+            2 * height,
+        )
+
+
+def test_a_format_that_is_not_written_is_refused_before_any_work(run, tmp_path, monkeypatch):
+    save(noise(), tmp_path / "in/a.png")
+    save(noise("L"), tmp_path / "in/b.gif")
+    monkeypatch.setattr(hub, "load", None)
+    code, lines, _ = run(tmp_path / "in", tmp_path / "out")
+    assert code == 2 and "b.gif: files '.gif' are not written" in lines[0] and not (tmp_path / "out").exists()

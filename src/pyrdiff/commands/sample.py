@@ -223,13 +223,18 @@ def write_json(report: dict, target: Path, outputs: Outputs | None = None) -> No
 
 def recipe(settings: SampleSettings) -> dict:
     """What decides how the image of a seed looks: the model as it is now, and the flags of the call."""
-    model, flags = Path(settings.model), (*FLAGS, "budget_ms", "arguments", "dtype", "revision")
+    flags = (*FLAGS, "budget_ms", "arguments", "dtype", "revision")
+    return {**model_as_it_is(settings.model), **{flag: getattr(settings, flag) for flag in flags}}
+
+
+def model_as_it_is(name: str) -> dict:
+    """The model of a flag, and the state of its files where they are here."""
+    model = Path(name)
     endings = (".safetensors", ".bin", "_config.json", "model_index.json")
     found = [path for path in sorted(model.rglob("*")) if path.name.endswith(endings)] if model.is_dir() else []
     stats = {path.relative_to(model).as_posix(): path.stat() for path in found}
     parts = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-    name = str(model.resolve()) if parts else settings.model
-    return {"model": name, "parts": parts, **{flag: getattr(settings, flag) for flag in flags}}
+    return {"model": str(model.resolve()) if parts else name, "parts": parts}
 
 
 def refuse_mixing(paths: list[Path], outputs: Outputs) -> list[Path]:

@@ -1,9 +1,12 @@
 """
 Enlarge a picture, or a folder with the folders below it.
 
-Each result keeps the alpha channel (enlarged bicubically), EXIF, ICC profile and DPI of its file, and what could not be
-kept is in the report. Files are written beside, read back and renamed, so that none is ever half written. JPEG and WebP
-have quality 95. The seed of a picture depends on --seed and on its path below --input only.
+Each result keeps the alpha channel (enlarged bicubically), EXIF, ICC profile, DPI, XMP, IPTC, comments and PNG texts of
+its file as far as its format has a place for them; what could not be kept is in the report. Pictures are enlarged as
+they are shown, and stored as they were. The consistency in the report is that of the file that was written. Files are
+written beside, read back and renamed, so that none is ever half written; files that runs with the same model and flags
+did not make are replaced with --overwrite only. JPEG and WebP have quality 95. The seed of a picture depends on --seed
+and on its path below --input only.
 
 Exit code: 0 all done, 1 some failed and the others are done (--keep_going), 2 bad arguments, nothing to do or stopped
 at the first failure, 130 or 143 after Ctrl-C or SIGTERM. Each failure is one line on stderr.
@@ -16,21 +19,30 @@ import signal
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
 from pyrdiff.cli import complain, expect, parse
 from pyrdiff.commands.paths import check_paths
-from pyrdiff.commands.sample import write_json
+from pyrdiff.commands.sample import model_as_it_is, write_json
 from pyrdiff.machine import open_device, versions
+from pyrdiff.parts.outputs import Outputs
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+    from PIL import Image
 
     from pyrdiff.data import Picture
+    from pyrdiff.parts.operators import SeparableOperator
 
-GUIDED, TRAINED = ("guidance", "operator", "refine_steps"), ("plan", "num_inference_steps", "color_fix")  # flags
+# Flags that are arguments of the pipeline's call, by its name for them.
+ARGUMENTS = {
+    name: name for name in ("guidance", "operator", "refine_steps", "plan", "num_inference_steps", "color_fix")
+}
+ARGUMENTS |= {"hard_consistency": "hard_consistency", "tile": "tile", "tile_pad": "tile_overlap"}
+# What decides how a result looks, beside the model.
+RECIPE = (*ARGUMENTS, "outscale", "seed")
 
 
 @dataclass(kw_only=True)
@@ -54,7 +66,9 @@ class UpscaleSettings:
     ext: Literal["auto", "png", "jpg", "webp", "tif"] = "auto"
     """auto: as the input."""
     skip_existing: bool = False
-    """Leave out what has its result already."""
+    """Leave out what has its result already: made by this model with these flags, after the picture last changed."""
+    overwrite: bool = False
+    """Replace files in --output that this model with these flags did not make."""
     keep_going: bool = False
     """Go on after a failure."""
     guidance: Literal["projection", "gradient", "none"] | None = None
@@ -95,12 +109,21 @@ class Work(NamedTuple):
     target: Path
 
 
-def find_work(settings: UpscaleSettings) -> tuple[Path, list[Work]]:
+class Plan(NamedTuple):
+    """The folder of the results, what is to be done, those whose results are there, and the rule for files there."""
+
+    output: Path
+    work: list[Work]
+    done: set[Work]
+    outputs: Outputs
+
+
+def find_work(settings: UpscaleSettings) -> Plan:
     """
-    The folder of the results, and what is to be done.
+    What is to be done.
 
     Raises:
-        ValueError: if there is nothing to do, or a picture would be written over.
+        ValueError: if there is nothing to do, or a file would be written over or could not be written.
     """
     from pyrdiff.data.files import WRITTEN
 
@@ -119,149 +142,212 @@ def find_work(settings: UpscaleSettings) -> tuple[Path, list[Work]]:
         named = [path.with_name(path.stem + settings.suffix + end) for path, end in zip(sources, ends, strict=True)]
         targets = [output / path.relative_to(folder) for path in named]
     names = [path.relative_to(folder).as_posix() for path in sources]
-    work = without_results(list(map(Work, names, sources, targets)), settings.skip_existing)
+    work = list(map(Work, names, sources, targets))
     if not work:
         raise ValueError(f"--input={settings.input!r}: has nothing to enlarge; expected a folder of images")
-    return output, work
+    recipe = {**model_as_it_is(settings.model), **{name: getattr(settings, name) for name in RECIPE}}
+    outputs = Outputs("upscale", recipe, settings.overwrite)
+    check_targets(work, settings)
+    outputs.check(targets, "output")
+    done = {item for item in work if settings.skip_existing and is_done(item, outputs)}
+    return Plan(output, work, done, outputs)
 
 
 def find_pictures(place: Path, output: Path) -> list[Path]:
-    """The picture, or those of a folder but for what lies in the folder of the results."""
-    from pyrdiff.data import list_images
+    """The picture, or those of a folder but for what runs of ours wrote and what lies in the folder of the results."""
+    from pyrdiff.data.listing import look_into
 
     if not place.is_dir():
         return [place]
-    results = output.resolve()
+    found, results = look_into(place, leave_out_runs=True), output.resolve()
+    say(str(found))
     if results == place.resolve():
-        return list_images(place)
-    return [path for path in list_images(place) if not path.resolve().is_relative_to(results)]
+        return found.images
+    return [path for path in found.images if not path.resolve().is_relative_to(results)]
 
 
-def without_results(work: list[Work], skip_existing: bool) -> list[Work]:
+def is_done(item: Work, outputs: Outputs) -> bool:
+    """True if the result is there as a run with this model and these flags made it, after the picture last changed."""
+    return outputs.has(item.target) and item.target.stat().st_mtime_ns >= item.source.stat().st_mtime_ns
+
+
+def check_targets(work: list[Work], settings: UpscaleSettings) -> None:
     """
-    The work, with `skip_existing` without the results of an earlier run.
-
     Raises:
-        ValueError: if a result would replace an input, or another result.
+        ValueError: if a result would replace an input, or another result, or its format is not written.
     """
+    from pyrdiff.data.files import WRITTEN
+
     inputs = {os.path.realpath(source): name for name, source, _ in work}
-    results = {os.path.realpath(target) for _, source, target in work if not same_file(source, target)}
-    if skip_existing:
-        work = [item for item in work if os.path.realpath(item.source) not in results]
     made: dict[str, str] = {}
     for name, _, target in work:
         place = os.path.realpath(target)
         if place in made:
             raise ValueError(f"--output: {made[place]} and {name} would both be {target}; expected --ext auto")
-        if place in inputs and not (skip_existing and place in results):
+        if target.suffix.lower() not in WRITTEN and not settings.keep_going:
+            raise ValueError(
+                f"--output: {name}: files {target.suffix!r} are not written; expected --ext png or another"
+            )
+        if place in inputs:
             raise ValueError(
                 f"--output: {name} would replace the input {inputs[place]}; expected another folder or --suffix"
             )
         made[place] = name
-    return work
-
-
-def same_file(source: Path, target: Path) -> bool:
-    """True if both paths lead to one file."""
-    return os.path.realpath(source) == os.path.realpath(target)
 
 
 def load(settings: UpscaleSettings) -> "DiffusionPipeline":
-    """The pipeline, on the device; of a model that was trained to generate, the one that guides it."""
+    """The pipeline that enlarges, on the device."""
     import pyrdiff
+    from pyrdiff.hub.enlarging import arguments_of, enlarging, image_channels
 
     device = open_device(settings.device)
-    pipeline = pyrdiff.load(settings.model)
-    trained = isinstance(pipeline, pyrdiff.ResidualSRPipeline)
-    if not trained:
-        if not {"unet", "scheduler"} <= set(pipeline.components):
-            raise ValueError(f"--model: a {type(pipeline).__name__}; expected a model with a unet and a scheduler")
-        pipeline = pyrdiff.GuidedSRPipeline(pipeline.unet, pipeline.scheduler)
-    for name in GUIDED if trained else TRAINED:
-        kind = "enlarge" if trained else "generate"
-        expect(settings, name, not getattr(settings, name), f"nothing for a model trained to {kind}")
-    if trained:
-        factors = pipeline.unet.config.scale_factors
+    saved = pyrdiff.load(settings.model)
+    try:
+        pipeline = enlarging(saved)
+    except ValueError as error:
+        raise ValueError(f"--model={settings.model!r}: {error}") from error
+    known = arguments_of(pipeline)
+    for name, argument in ARGUMENTS.items():
+        kind = "enlarge" if pipeline is saved else "generate"
+        good = argument in known or not getattr(settings, name)
+        expect(settings, name, good, f"nothing for a model trained to {kind}, a {type(pipeline).__name__}")
+    factors = getattr(getattr(pipeline, "unet", None), "config", {}).get("scale_factors")
+    if pipeline is saved:
         accepted = f"one of {list(factors)}" if factors else "a whole number"
         good = settings.outscale in (factors or [round(settings.outscale)])
         expect(settings, "outscale", good, f"{accepted} for this model")
+    if hasattr(pipeline, "cost"):
         pipeline.cost(64, int(settings.outscale), settings.num_inference_steps, plan=settings.plan)  # checks the plan
     pipeline = pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
-    channels = pipeline.unet.config.in_channels
+    channels = image_channels(pipeline)
     if channels not in (1, 3):
         raise ValueError(f"--model={settings.model!r}: has {channels} channels; expected 1 (gray) or 3 (RGB)")
     return pipeline
 
 
-def enlarge(
-    pipeline: "DiffusionPipeline", picture: "Picture", seed: int, settings: UpscaleSettings
-) -> "tuple[Picture, float]":
-    """The enlarged picture, and how far it is from the input when it is made smaller again (in [0, 1])."""
+def enlarge(pipeline: "DiffusionPipeline", picture: "Picture", seed: int, settings: UpscaleSettings) -> "Picture":
+    """The enlarged picture. It is worked on upright, and without the colours that its alpha hides."""
     import torch
-    from PIL import Image
 
-    import pyrdiff
+    from pyrdiff.data import fill_hidden
+    from pyrdiff.hub.enlarging import arguments_of, image_channels
 
-    gray, channels = picture.color.mode == "L", pipeline.unet.config.in_channels
+    gray, channels = picture.color.mode == "L", image_channels(pipeline)
     if channels == 1 and not gray:
         raise ValueError("a colour image: expected a gray one, for this model of one channel")
-    trained = isinstance(pipeline, pyrdiff.ResidualSRPipeline)
-    given = {name: getattr(settings, name) for name in (TRAINED if trained else GUIDED) if getattr(settings, name)}
-    output = pipeline(
-        picture.color if channels == 1 else picture.color.convert("RGB"),
-        scale_factor=int(settings.outscale) if trained else settings.outscale,
-        **given,
-        hard_consistency=settings.hard_consistency,
-        tile=settings.tile,
-        tile_overlap=settings.tile_pad,
-        generator=torch.Generator().manual_seed(seed),
-    )
-    consistency = output.consistency.item()
-    if not math.isfinite(consistency):
-        raise ValueError("the model gave values that are no numbers")
-    color, alpha, notes = output.images[0], picture.alpha, list(picture.notes)
-    if gray and channels == 3:
-        notes.append("gray, enlarged as RGB and saved as its luma")
-        color = color.convert("L")
+    color, alpha = picture.upright()
+    size = tuple(round(side * settings.outscale) for side in color.size)
     if alpha is not None:
-        alpha = alpha.resize(color.size, Image.Resampling.BICUBIC)
-    return replace(picture, color=color, alpha=alpha, notes=notes), consistency
+        color, alpha = fill_hidden(color, alpha), enlarged_alpha(alpha, size, settings)
+    known = arguments_of(pipeline)
+    given = {argument: getattr(settings, name) for name, argument in ARGUMENTS.items() if getattr(settings, name)}
+    if "scale_factor" in known:
+        whole = settings.outscale == round(settings.outscale)
+        given["scale_factor"] = int(settings.outscale) if whole else settings.outscale
+    if "generator" in known:
+        given["generator"] = torch.Generator().manual_seed(seed)
+    output = pipeline(color if channels == 1 else color.convert("RGB"), **given)
+    if not math.isfinite(getattr(output, "consistency", torch.zeros(())).sum().item()):
+        raise ValueError("the model gave values that are no numbers")
+    color = output.images[0]
+    if color.size != size:
+        raise ValueError("a {}x{} image came of it: expected {}x{}".format(*color.size, *size))
+    enlarged = picture.with_shown(color.convert("L") if gray and channels == 3 else color, alpha)
+    if gray and channels == 3:
+        enlarged.notes.append("gray, enlarged as RGB and saved as its luma")
+    return enlarged
 
 
-def process(pipeline: "DiffusionPipeline", work: Work, settings: UpscaleSettings) -> dict:
+def enlarged_alpha(alpha: "Image.Image", size: tuple[int, int], settings: UpscaleSettings) -> "Image.Image":
+    """Bicubic; with --hard_consistency projected so that, made smaller, it gives the alpha of the picture."""
+    from PIL import Image
+
+    from pyrdiff.data import image_tensor
+    from pyrdiff.parts.operators import project_onto
+
+    larger = alpha.resize(size, Image.Resampling.BICUBIC)
+    if not settings.hard_consistency:
+        return larger
+    operator = shrinking(size, alpha.size, settings)
+    projected = project_onto(2 * image_tensor([larger], 1) - 1, image_tensor([alpha], 1), operator)
+    return Image.fromarray(((projected[0, 0] + 1) * 127.5).round().byte().numpy())
+
+
+def shrinking(large: tuple[int, int], small: tuple[int, int], settings: UpscaleSettings) -> "SeparableOperator":
+    """The operator that makes (width, height) `small` of `large`."""
+    from pyrdiff.parts.operators import SeparableOperator
+
+    return SeparableOperator.named(settings.operator or "bicubic", large[::-1], small[::-1], 1)
+
+
+def difference(picture: "Picture", made: "Picture", settings: UpscaleSettings) -> tuple[float, float]:
+    """
+    How far the file that was written, made smaller, is from the picture: mean and largest absolute difference in
+    [0, 1], over the colours that are seen and the alpha.
+    """
+    import torch
+
+    from pyrdiff.data import fill_hidden, image_tensor
+
+    (color, alpha), (larger, larger_alpha) = picture.upright(), made.upright()
+    channels = 1 if color.mode == "L" else 3
+    operator = shrinking(larger.size, color.size, settings)
+    seen = torch.ones(())
+    if alpha is not None:
+        color, seen = fill_hidden(color, alpha), image_tensor([alpha], 1)
+    bands = [(operator.A(image_tensor([larger], channels)) - image_tensor([color], channels)).abs() * seen]
+    if alpha is not None:
+        opaque = torch.ones(1, 1, *larger.size[::-1])
+        written = opaque if larger_alpha is None else image_tensor([larger_alpha], 1)
+        bands.append((operator.A(written) - seen).abs())
+    distance = torch.cat(bands, 1)
+    return distance.mean().item(), distance.max().item()
+
+
+def process(pipeline: "DiffusionPipeline", work: Work, settings: UpscaleSettings, outputs: Outputs) -> dict:
     """Enlarges one file. Returns what the report says of it."""
-    from pyrdiff.data import check_saving, open_picture, save_picture, seed_of
+    from pyrdiff.data import check_saving, open_picture, reopen_picture, save_picture, seed_of
 
     began = time.perf_counter()
     path_number = int.from_bytes(hashlib.sha256(work.name.encode("utf-8", "surrogateescape")).digest(), "big")
     seed = seed_of(settings.seed, path_number)
     picture = open_picture(work.source)
     check_saving(picture, work.target, *(round(side * settings.outscale) for side in picture.color.size))
-    enlarged, consistency = enlarge(pipeline, picture, seed, settings)
-    notes = save_picture(enlarged, work.target)
-    sizes = {"input_size": picture.color.size, "output_size": enlarged.color.size}  # (width, height)
-    seconds = round(time.perf_counter() - began, 3)
-    return {"status": "done", **sizes, "seconds": seconds, "seed": seed, "consistency": consistency, "notes": notes}
+    enlarged = enlarge(pipeline, picture, seed, settings)
+    notes = save_picture(enlarged, work.target, outputs.replacing)
+    mean, largest = difference(picture, reopen_picture(work.target), settings)
+    if settings.hard_consistency and largest > 1.5 / 255:
+        notes.append(f"--hard_consistency is not met: up to {255 * largest:.1f}/255 is left in the file")
+    told = {"input_size": picture.color.size, "output_size": enlarged.color.size}  # (width, height)
+    told |= {"seconds": round(time.perf_counter() - began, 3), "seed": seed}
+    return {"status": "done", **told, "consistency": mean, "largest_difference": largest, "notes": notes}
 
 
-def enlarge_all(
-    pipeline: "DiffusionPipeline | None", work: list[Work], output: Path, settings: UpscaleSettings, files: list[dict]
-) -> None:
+def enlarge_all(pipeline: "DiffusionPipeline | None", plan: Plan, settings: UpscaleSettings, files: list[dict]) -> None:
     """Enlarges the files and adds to `files` what became of each. Without `--keep_going` it stops at a failure."""
-    for item in work:
-        file = {"input": item.name, "output": item.target.relative_to(output).as_posix()}
-        if settings.skip_existing and item.target.is_file():
+    for item in plan.work:
+        file = {"input": item.name, "output": item.target.relative_to(plan.output).as_posix()}
+        if item in plan.done:
             files.append({**file, "status": "skipped", "reason": "the output exists"})
             continue
         try:
-            files.append({**file, **process(pipeline, item, settings)})
-            print(f"{one_line(item.name)}: {files[-1]['seconds']} s", *files[-1]["notes"], sep="; ", flush=True)
+            files.append({**file, **process(pipeline, item, settings, plan.outputs)})
         except (ValueError, RuntimeError, OSError, MemoryError) as error:
             files.append({**file, "status": "failed", "reason": reason(error)})
             complain(error, f"{one_line(item.name)}: {reason(error)}")
             if not settings.keep_going:
                 return
+            continue
+        say("; ".join([f"{one_line(item.name)}: {files[-1]['seconds']} s", *files[-1]["notes"]]))
+
+
+def say(line: str) -> None:
+    """Prints a line, unless nobody listens any more, as after `| head`: the work goes on."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def reason(error: Exception) -> str:
@@ -291,19 +377,22 @@ def main(args: list[str]) -> dict:
     settings = parse(UpscaleSettings, __doc__, args, prog="pyrdiff upscale")
     check_paths(settings, models=["model"], written=["report"])
     expect(settings, "input", Path(settings.input).exists(), "a file or a folder")
-    output, work = find_work(settings)
+    plan = find_work(settings)
+    output, work = plan.output, plan.work
     report_path = Path(settings.report) if settings.report else output / "report.json"
+    reports = Outputs("upscale report", {}, settings.overwrite)  # of all runs alike: each has its own settings in it
+    if settings.report or os.path.isdir(settings.input):
+        reports.check([report_path], "report" if settings.report else "output")
     for folder in {output, report_path.parent}:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # can be written to
-    pending = [item for item in work if not (settings.skip_existing and item.target.is_file())]
-    pipeline = load(settings) if pending else None
+    pipeline = load(settings) if len(plan.done) < len(work) else None
 
     files: list[dict] = []
     code, after_failure = 0, 1 if settings.keep_going else 2
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        enlarge_all(pipeline, work, output, settings, files)
+        enlarge_all(pipeline, plan, settings, files)
     except (KeyboardInterrupt, SystemExit) as stopped:
         code = getattr(stopped, "code", 130)
     finally:
@@ -313,7 +402,7 @@ def main(args: list[str]) -> dict:
             code = code or after_failure
         if settings.report or os.path.isdir(settings.input):
             try:
-                write_json(report, report_path)
+                write_json(report, report_path, reports)
             except OSError as error:
                 complain(error, f"{report_path}: {reason(error)}")
                 code = code or after_failure

@@ -5,10 +5,11 @@ what they carry."""
 from pyrdiff.parts.files import replacing
 from pyrdiff.parts.outputs import Outputs
 
+from .alpha import fill_hidden
 from .batches import Batch, MultiScaleBatches
 from .colors import color_statistics
 from .degradations import degrade, shrink
-from .files import Picture, check_saving, open_picture, save_picture
+from .files import Picture, check_saving, open_picture, reopen_picture, save_picture
 from .glyphs import draw_glyphs
 from .images import BadImageError, decode_image, fit_image, image_tensor
 from .levels import ImageLevels
@@ -30,6 +31,7 @@ __all__ = [
     "decode_image",
     "degrade",
     "draw_glyphs",
+    "fill_hidden",
     "fit_image",
     "image_tensor",
     "list_images",
@@ -37,6 +39,7 @@ __all__ = [
     "open_picture",
     "open_source",
     "read_image",
+    "reopen_picture",
     "replacing",
     "save_picture",
     "seed_of",

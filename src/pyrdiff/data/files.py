@@ -3,14 +3,20 @@
 import io
 import math
 import os
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from pyrdiff.parts.files import replacing
 
+from .alpha import is_opaque
+from .carried import PICTURE_TAGS, TIFF_OWN, carried, options_for
+from .images import MAX_SIDE as LONGEST
 from .images import MAX_PIXELS, BadImageError, naming_errors, open_any_size, without_warnings
+from .srgb import by_profile
 
 READ = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # whose bits a channel are known before Pillow reduces them to 8
 WRITTEN = {
@@ -22,15 +28,18 @@ WRITTEN = {
     ".webp": "WEBP",
     ".tif": "TIFF",
     ".tiff": "TIFF",
+    ".bmp": "BMP",
 }
 MAX_SIDE = {"JPEG": 65_500, "WEBP": 16_383}
-LOSSY = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95}}  # alpha is lossless in WebP
+# Alpha is lossless in WebP; "exact" keeps the colours under it, which spread when the file is enlarged again.
+LOSSY = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95, "exact": True}}
 
 EXIF_PREFIX = b"Exif\0\0"
 TAG, GROUPS = ExifTags.Base, (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
-# In a TIFF these tags lie among those that say how the pixels are stored, which are those of one file only.
-PICTURE_TAGS = {TAG.ImageDescription, TAG.Make, TAG.Model, TAG.Orientation, TAG.Software, TAG.DateTime, TAG.Artist}
-PICTURE_TAGS |= {TAG.HostComputer, TAG.Copyright}
+TURN = Image.Transpose
+UPRIGHT = {2: TURN.FLIP_LEFT_RIGHT, 3: TURN.ROTATE_180, 4: TURN.FLIP_TOP_BOTTOM, 5: TURN.TRANSPOSE}
+UPRIGHT |= {6: TURN.ROTATE_270, 7: TURN.TRANSVERSE, 8: TURN.ROTATE_90}  # by orientation tag
+BACK = {**UPRIGHT, 6: TURN.ROTATE_90, 8: TURN.ROTATE_270}
 COLOR_SPACES = {"L": b"GRAY", "RGB": b"RGB "}  # as bytes 16 to 20 of an ICC profile name them
 
 
@@ -40,11 +49,13 @@ class Picture:
 
     Attributes:
         color: Mode "L" or "RGB", [H, W] pixels in 0..255. The orientation tag of the EXIF is not applied.
-        alpha: Mode "L" of the same size, or None for an opaque file.
+        alpha: Mode "L" of the same size, or None for an opaque file, also for one whose alpha is 255 everywhere.
         exif: The EXIF block with its prefix, byte for byte as it was; empty for none.
         icc_profile: The colour profile of `color`; empty for none.
         dpi: Pixels per inch (horizontal, vertical), or None.
         notes: What was changed or left out, one phrase each.
+        orientation: How the pixels are shown, 1 to 8, as the EXIF tag counts.
+        extras: What else the file carries, by name: PNG text, comments, XMP, IPTC and the like.
     """
 
     color: Image.Image
@@ -53,6 +64,19 @@ class Picture:
     icc_profile: bytes = b""
     dpi: tuple[float, float] | None = None
     notes: list[str] = field(default_factory=list)
+    orientation: int = 1
+    extras: dict[str, object] = field(default_factory=dict)
+
+    def upright(self) -> tuple[Image.Image, Image.Image | None]:
+        """Colour and alpha as they are shown."""
+        turn = UPRIGHT.get(self.orientation)
+        return tuple(one if one is None or turn is None else one.transpose(turn) for one in (self.color, self.alpha))
+
+    def with_shown(self, color: Image.Image, alpha: Image.Image | None) -> "Picture":
+        """This picture with other pixels, which are given as they are shown and turned to how they are stored."""
+        turn = BACK.get(self.orientation)
+        stored = (one if one is None or turn is None else one.transpose(turn) for one in (color, alpha))
+        return replace(self, **dict(zip(("color", "alpha"), stored, strict=True)), notes=list(self.notes))
 
 
 def open_picture(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Picture:
@@ -79,10 +103,27 @@ def open_picture(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Pictu
         except UnidentifiedImageError as error:
             raise BadImageError(name, f"not an image; expected one of {', '.join(READ)}") from error
         with image:
-            return _read(image, max_pixels, name)
+            return _read(image, data, max_pixels, name)
 
 
-def _read(image: Image.Image, max_pixels: int, name: str) -> Picture:
+def reopen_picture(path: str | os.PathLike) -> Picture:
+    """A picture that `save_picture` wrote, of any number of pixels, as `open_picture` reads it."""
+    name, data = str(path), Path(path).read_bytes()
+    with naming_errors(name), without_warnings():
+        return _read(_any_size(data, WRITTEN[Path(path).suffix.lower()]), data, math.inf, name)
+
+
+def _any_size(data: bytes, kind: str) -> Image.Image:
+    image = open_any_size(io.BytesIO(data), [kind])
+    if kind == "TIFF":  # looks at the limit once more when it makes room for the pixels
+        stored = (image.tag_v2[TAG.ImageWidth], image.tag_v2[TAG.ImageLength])
+        image.im = Image.new(image.mode, stored).im
+    return image
+
+
+def _read(image: Image.Image, data: bytes, max_pixels: float, name: str) -> Picture:
+    if max(image.size) > LONGEST:
+        raise BadImageError(name, f"too large: {image.width}x{image.height}; expected sides of at most {LONGEST}")
     if image.width * image.height > max_pixels:
         raise BadImageError(name, f"too large: {image.width}x{image.height}; expected at most {max_pixels} pixels")
     bits = _bits(image)
@@ -97,26 +138,40 @@ def _read(image: Image.Image, max_pixels: int, name: str) -> Picture:
     if turned:
         notes.append("turned upright, as its orientation tag says")
     image.load()
+    extras, orientation = carried(image, data), 1 if image.format == "TIFF" else _orientation(image)
 
     mode, target = image.mode, {"1": "L", "L": "L", "LA": "L"}.get(image.mode, "RGB")
-    transparent = image.has_transparency_data
-    full = {"L": "LA", "RGB": "RGBA"}[target] if transparent else target
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if alpha is not None and is_opaque(alpha):
+        notes.append("alpha left out: it is opaque everywhere")
+        alpha, mode = None, {"RGBA": "RGB", "LA": "L"}.get(mode, mode)
+    full = {"L": "LA", "RGB": "RGBA"}[target] if alpha is not None else target
     if mode != full:
         notes.append(f"{mode} converted to {full}")
     icc_profile = image.info.get("icc_profile") or b""
     if icc_profile and mode not in (target, full) and icc_profile[16:20] != COLOR_SPACES[target]:
-        notes.append(f"ICC profile left out: it is not for {target}")
-        icc_profile = b""
-    if "xmp" in image.info:
-        notes.append("XMP left out")
+        try:
+            image, icc_profile = by_profile(image, icc_profile), b""
+            notes.append("colours converted to sRGB, by the ICC profile")
+        except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+            notes.append(f"ICC profile left out: it is not for {target}")
+            icc_profile = b""
     dpi = tuple(float(value) for value in image.info.get("dpi", ()))
     if len(dpi) != 2 or not all(math.isfinite(value) and value > 0 for value in dpi):
         dpi = None
     exif = _exif(image)
-    image = image.convert(full)
-    image.info.clear()
-    alpha = image.getchannel("A") if transparent else None
-    return Picture(image.convert(target), alpha, exif, icc_profile, dpi, notes)
+    color = image.convert(full).convert(target)
+    color.info.clear()
+    return Picture(color, alpha, exif, icc_profile, dpi, notes, orientation, extras)
+
+
+def _orientation(image: Image.Image) -> int:
+    """1 to 8, as training takes it: from the EXIF or the XMP; 1 where these are damaged."""
+    try:
+        found = image.getexif().get(TAG.Orientation, 1)
+    except Exception:  # damaged EXIF shows as all sorts; the pixels are good
+        return 1
+    return found if found in UPRIGHT else 1
 
 
 def _bits(image: Image.Image) -> int:
@@ -158,21 +213,28 @@ def check_saving(picture: Picture, path: str | os.PathLike, width: int, height: 
     suffix = Path(path).suffix.lower()
     if suffix not in WRITTEN:
         raise ValueError(f"files {suffix!r} are not written; expected one of {', '.join(WRITTEN)}")
-    if suffix in (".jpg", ".jpeg", ".jpe", ".jfif") and picture.alpha is not None:
-        raise ValueError("JPEG holds no transparency; expected png, webp or tif")
+    if WRITTEN[suffix] in ("JPEG", "BMP") and picture.alpha is not None:
+        raise ValueError(f"{WRITTEN[suffix]} holds no transparency; expected png, webp or tif")
     most = MAX_SIDE.get(WRITTEN[suffix], math.inf)
     if max(width, height) > most:
         raise ValueError(f"{width}x{height} pixels: {WRITTEN[suffix]} holds sides of at most {most}")
 
 
-def save_picture(picture: Picture, path: str | os.PathLike) -> list[str]:
-    """Write a picture, in the format that the extension of `path` says, with its alpha, EXIF, ICC profile and DPI.
+def save_picture(
+    picture: Picture, path: str | os.PathLike, replacing: Callable[[Path], AbstractContextManager[Path]] = replacing
+) -> list[str]:
+    """Write a picture, in the format that the extension of `path` says, with as much of what it carries as that holds.
 
-    The file is written beside, read back, compared with what it should hold and only then takes its name. PNG and TIFF
-    are lossless; JPEG is written with quality 95 and full colour resolution, WebP with quality 95.
+    The file is written beside, read back, compared with what it should hold and only then takes its name. PNG, TIFF and
+    BMP are lossless; JPEG is written with quality 95 and full colour resolution, WebP with quality 95.
+
+    Args:
+        picture: What to write.
+        path: The file.
+        replacing: How it is replaced: f(path) -> a context with the path to write to.
 
     Returns:
-        The notes of the picture, and what the format could not hold as it was.
+        The notes of the picture, and what the file does not hold as it was.
 
     Raises:
         ValueError: when the format cannot hold it; see `check_saving`.
@@ -180,20 +242,13 @@ def save_picture(picture: Picture, path: str | os.PathLike) -> list[str]:
     """
     path, notes = Path(path), list(picture.notes)
     check_saving(picture, path, *picture.color.size)
-    kind, color, icc_profile, options = WRITTEN[path.suffix.lower()], picture.color, picture.icc_profile, {}
-    if kind == "WEBP" and color.mode == "L":
-        notes.append("gray saved as RGB, since WebP has no gray")
-        color = color.convert("RGB")
-        if icc_profile and icc_profile[16:20] != COLOR_SPACES["RGB"]:
-            notes.append("ICC profile left out: it is not for RGB")
-            icc_profile = b""
-    if kind == "WEBP" and picture.dpi:
-        notes.append("DPI left out, since WebP has none")
-    image = color.copy()
-    if picture.alpha is not None:
+    kind = WRITTEN[path.suffix.lower()]
+    picture = _as_held(picture, kind, notes)
+    image = picture.color.copy()
+    if picture.alpha is not None and not is_opaque(picture.alpha):
         image.putalpha(picture.alpha)
-    options = {"icc_profile": icc_profile or None, **LOSSY.get(kind, {})}
-    if picture.dpi and kind != "WEBP":
+    options = {"icc_profile": picture.icc_profile or None, **LOSSY.get(kind, {}), **options_for(kind, picture.extras)}
+    if picture.dpi:
         options["dpi"] = picture.dpi
     if kind == "TIFF" and not picture.exif:  # Pillow loses the EXIF of what it compresses
         options["compression"] = "tiff_lzw"
@@ -203,26 +258,54 @@ def save_picture(picture: Picture, path: str | os.PathLike) -> list[str]:
                 options["exif"] = _picture_exif(_parsed(picture.exif)) if kind == "TIFF" else picture.exif
             with open(beside, "wb") as file:
                 image.save(file, kind, **options)
-            _verify(beside, kind, image, picture.exif, icc_profile)
+            back = _verify(beside, kind, image, picture.exif, picture.icc_profile)
         except (OSError, ValueError, MemoryError):
             raise
         except Exception as error:  # damaged EXIF shows as all sorts: SyntaxError, struct.error, TypeError, ...
             raise ValueError(f"{kind} cannot be written with what the file carries: {error}") from error
-    return notes
+    lost = [name for name, value in picture.extras.items() if back.get(name) != value]
+    if kind == "TIFF" and picture.exif:
+        tags = set(_parsed(picture.exif)) - PICTURE_TAGS - TIFF_OWN
+        lost += sorted(f"EXIF {ExifTags.TAGS.get(tag, tag)}" for tag in tags - {int(group) for group in GROUPS})
+    return notes + ([f"left out: {', '.join(lost)}"] if lost else [])
 
 
-def _verify(path: Path, kind: str, image: Image.Image, exif: bytes, icc_profile: bytes) -> None:
-    """Raises OSError unless the file holds this image: its pixels (their number, if lossy), EXIF and profile."""
+def _as_held(picture: Picture, kind: str, notes: list[str]) -> Picture:
+    """The picture without what a format has no place for; what goes is noted."""
+    color, icc_profile, exif, dpi = picture.color, picture.icc_profile, picture.exif, picture.dpi
+    if kind == "WEBP" and color.mode == "L":
+        notes.append("gray saved as RGB, since WebP has no gray")
+        color = color.convert("RGB")
+        if icc_profile and icc_profile[16:20] != COLOR_SPACES["RGB"]:
+            notes.append("ICC profile left out: it is not for RGB")
+            icc_profile = b""
+    if kind == "WEBP" and dpi:
+        notes.append("DPI left out, since WebP has none")
+        dpi = None
+    if kind == "BMP" and icc_profile:
+        notes.append("ICC profile left out, since BMP has none")
+        icc_profile = b""
+    if exif and (kind == "BMP" or (kind == "JPEG" and len(exif) > 65_533)):
+        notes.append("EXIF left out, since BMP has none" if kind == "BMP" else "EXIF left out: too long for JPEG")
+        exif = b""
+    if kind == "BMP" and picture.orientation in UPRIGHT:
+        notes.append("turned upright, since BMP has no orientation")
+        color = picture.upright()[0]
+    return replace(picture, color=color, icc_profile=icc_profile, exif=exif, dpi=dpi)
+
+
+def _verify(path: Path, kind: str, image: Image.Image, exif: bytes, icc_profile: bytes) -> dict[str, object]:
+    """
+    Raises OSError unless the file holds this image: its pixels (their number, if lossy), EXIF and profile. Returns what
+    else it carries.
+    """
     if kind == "TIFF" and exif:  # reading applies the orientation
         image.info["exif"] = exif
         image = ImageOps.exif_transpose(image)
         exif = _picture_exif(_parsed(exif), leave_out={TAG.Orientation})
-    with open(path, "rb") as file:
-        back = open_any_size(file, [kind])
-        if kind == "TIFF":  # looks at the limit once more when it makes room for the pixels
-            stored = (back.tag_v2[TAG.ImageWidth], back.tag_v2[TAG.ImageLength])
-            back.im = Image.new(back.mode, stored).im
-        back.load()
+    data = path.read_bytes()
+    back = _any_size(data, kind)
+    back.load()
     same = {
         "pixels": (back.mode, back.size) == (image.mode, image.size)
         and (kind in LOSSY or back.tobytes() == image.tobytes()),
@@ -232,3 +315,4 @@ def _verify(path: Path, kind: str, image: Image.Image, exif: bytes, icc_profile:
     wrong = [name for name, kept in same.items() if not kept]
     if wrong:
         raise OSError(f"{' and '.join(wrong)} read back different from what was written")
+    return carried(back, data)

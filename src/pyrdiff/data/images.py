@@ -20,6 +20,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from .srgb import to_srgb
 
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte as 24-bit RGB
+MAX_SIDE = 2**24  # Pillow's decoders count the bits of a row in 32 bits, and raise MemoryError beyond
 WHITE = (255, 255, 255)
 FEW_BITS = 14  # 16-bit values that need no more come from a sensor of so many bits, most likely
 
@@ -226,6 +227,8 @@ def _decode(image: Image.Image, channels: int, background: tuple, max_pixels: in
     width, height = image.size
     if width == 0 or height == 0:
         raise BadImageError(name, f"no pixels ({width}×{height})")
+    if max(width, height) > MAX_SIDE:
+        raise BadImageError(name, f"too large: {width}×{height} pixels, a side of more than {MAX_SIDE}")
     if width * height > max_pixels:
         raise BadImageError(name, f"too large: {width}×{height} pixels, more than max_pixels={max_pixels}")
     image = ImageOps.exif_transpose(image)

@@ -12,6 +12,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 
 import pyrdiff
+from pyrdiff.hub.enlarging import enlarging
 from pyrdiff.machine import open_device
 
 from .events import Busy, Level, Progress, Result
@@ -68,7 +69,7 @@ class Session:
         pipeline, enlarger = pyrdiff.load(model, revision=revision).to(device), None
         if "image" not in _required(pipeline):
             try:
-                enlarger = pyrdiff.load(model, revision=revision, pipeline_class="GuidedSRPipeline").to(device)
+                enlarger = enlarging(pipeline)
             except ValueError:
                 pass  # its network cannot guide
         return cls(pipeline, enlarger, str(model).rstrip("/"), max_megapixels)
