@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from pyrdiff.data import BadImageError, ImageLevels, decode_image, fit_image, list_images, open_source, sources
+from pyrdiff.data import (
+    BadImageError,
+    ImageLevels,
+    decode_image,
+    fit_image,
+    list_images,
+    open_picture,
+    open_source,
+    sources,
+)
 
 
 def png_bytes(image: Image.Image, **options) -> bytes:

@@ -461,7 +461,8 @@ def test_an_interrupted_run_leaves_no_partial_file(run, tmp_path, monkeypatch, n
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_a_model_that_gives_no_numbers(run, tmp_path, models):
     pipeline = pyrdiff.load(models[3])
-    torch.nn.init.constant_(pipeline.unet.conv_out.weight, 3e38)  # numbers, whose sums are none
+    torch.nn.init.constant_(pipeline.unet.conv_in.weight, 9e17)  # numbers, whose squares are none
+    torch.nn.init.normal_(pipeline.unet.conv_in.bias, std=3e17)
     pipeline.save_pretrained(tmp_path / "model")
     source = save(noise(), tmp_path / "a.png")
     code, lines, _ = run(source, tmp_path / "out", "--model", tmp_path / "model")

@@ -14,8 +14,7 @@ from pyrdiff.parts.files import replacing
 
 from .alpha import is_opaque
 from .carried import PICTURE_TAGS, TIFF_OWN, carried, options_for
-from .images import MAX_SIDE as LONGEST
-from .images import MAX_PIXELS, BadImageError, naming_errors, open_any_size, without_warnings
+from .images import MAX_PIXELS, MAX_SIDE, BadImageError, naming_errors, open_any_size, without_warnings
 from .srgb import by_profile
 
 READ = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")  # whose bits a channel are known before Pillow reduces them to 8
@@ -30,7 +29,7 @@ WRITTEN = {
     ".tiff": "TIFF",
     ".bmp": "BMP",
 }
-MAX_SIDE = {"JPEG": 65_500, "WEBP": 16_383}
+LONGEST = {"JPEG": 65_500, "WEBP": 16_383}
 # Alpha is lossless in WebP; "exact" keeps the colours under it, which spread when the file is enlarged again.
 LOSSY = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"quality": 95, "exact": True}}
 
@@ -122,8 +121,8 @@ def _any_size(data: bytes, kind: str) -> Image.Image:
 
 
 def _read(image: Image.Image, data: bytes, max_pixels: float, name: str) -> Picture:
-    if max(image.size) > LONGEST:
-        raise BadImageError(name, f"too large: {image.width}x{image.height}; expected sides of at most {LONGEST}")
+    if max(image.size) > MAX_SIDE:
+        raise BadImageError(name, f"too large: {image.width}x{image.height}; expected sides of at most {MAX_SIDE}")
     if image.width * image.height > max_pixels:
         raise BadImageError(name, f"too large: {image.width}x{image.height}; expected at most {max_pixels} pixels")
     bits = _bits(image)
@@ -215,7 +214,7 @@ def check_saving(picture: Picture, path: str | os.PathLike, width: int, height: 
         raise ValueError(f"files {suffix!r} are not written; expected one of {', '.join(WRITTEN)}")
     if WRITTEN[suffix] in ("JPEG", "BMP") and picture.alpha is not None:
         raise ValueError(f"{WRITTEN[suffix]} holds no transparency; expected png, webp or tif")
-    most = MAX_SIDE.get(WRITTEN[suffix], math.inf)
+    most = LONGEST.get(WRITTEN[suffix], math.inf)
     if max(width, height) > most:
         raise ValueError(f"{width}x{height} pixels: {WRITTEN[suffix]} holds sides of at most {most}")
 
