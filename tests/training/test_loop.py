@@ -480,10 +480,13 @@ def test_a_run_that_does_not_fit_its_folder_is_refused_and_writes_nothing(toy, s
     assert contents(folder) == before
 
 
-def test_a_checkpoint_of_other_images_is_refused(toy, straight, tmp_path):
-    np.save(tmp_path / "others.npy", np.zeros((24, 16, 16, 3), np.uint8))
+@pytest.mark.parametrize("count", [24, 25])
+def test_a_checkpoint_of_other_images_is_refused_and_their_numbers_are_said(toy, straight, tmp_path, count):
+    np.save(tmp_path / "others.npy", np.zeros((count, 16, 16, 3), np.uint8))
     before = contents(straight)
-    with pytest.raises(ValueError, match="checkpoint-12 is of other images"):
+    then = len(np.load(json.loads((straight / "settings.json").read_text())["train_data_dir"]))
+    said = f"{then} then, {count} now" if count != then else "as many then as now, with other pixels"
+    with pytest.raises(ValueError, match=f"checkpoint-12 is of other images.*{said}"):
         fit_toy(toy(output_dir=str(straight), train_data_dir=str(tmp_path / "others.npy")))
     assert contents(straight) == before
 
