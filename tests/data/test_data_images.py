@@ -21,6 +21,7 @@ from pyrdiff.data import (
     open_source,
     sources,
 )
+from pyrdiff.web.pictures import read_picture
 
 
 def png_bytes(image: Image.Image, **options) -> bytes:
@@ -502,3 +503,11 @@ def test_a_row_that_no_decoder_takes_is_a_bad_image(tmp_path):
         open_picture(tmp_path / "wide.png")
     levels = ImageLevels.build(tmp_path, [8], on_bad_image="skip")
     assert len(levels) == 1 and "too large" in levels.bad[0][1]
+
+
+def test_the_page_reads_pictures_in_srgb(tmp_path):
+    """Its results carry no profile."""
+    Image.new("RGB", (4, 4), (183, 72, 54)).save(tmp_path / "a.png", icc_profile=DISPLAY_P3)
+    image, notes = read_picture(str(tmp_path / "a.png"), 3, 100)
+    assert np.abs(np.asarray(image).astype(int) - (200, 60, 40)).max() <= 3
+    assert notes == ["colours converted to sRGB, by the ICC profile"]

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 import warm
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers.utils import BaseOutput
 from PIL import Image, ImageCms, ImageOps
 
 import pyrdiff
@@ -32,6 +33,7 @@ from pyrdiff import (
 from pyrdiff.commands import upscale
 from pyrdiff.commands.upscale import UpscaleSettings
 from pyrdiff.data import fill_hidden
+from pyrdiff.hub.enlarging import enlarging
 from pyrdiff.parts.operators import SeparableOperator
 from pyrdiff.parts.outputs import RECORD
 
@@ -567,3 +569,38 @@ def test_a_format_that_is_not_written_is_refused_before_any_work(run, tmp_path, 
     monkeypatch.setattr(hub, "load", None)
     code, lines, _ = run(tmp_path / "in", tmp_path / "out")
     assert code == 2 and "b.gif: files '.gif' are not written" in lines[0] and not (tmp_path / "out").exists()
+
+
+class Doubling(DiffusionPipeline):
+    """Of another package: it enlarges, and has a network as pipelines have that generate."""
+
+    def __init__(self, unet: CoordinateUNet2DModel, scheduler: DDPMScheduler):
+        super().__init__()
+        self.register_modules(unet=unet, scheduler=scheduler)
+
+    def __call__(self, image, scale_factor=2, generator=None):
+        return BaseOutput(images=[image.resize([side * scale_factor for side in image.size], Image.NEAREST)])
+
+
+def test_a_pipeline_of_others_that_enlarges_is_used_as_it_is(run, tmp_path, monkeypatch, models):
+    saved = pyrdiff.load(models[3])
+    monkeypatch.setattr(pyrdiff, "load", lambda model: Doubling(saved.unet, saved.scheduler))
+    source = save(noise(), tmp_path / "a.png")
+    code, lines, _ = run(source, tmp_path / "out", "--outscale", 2, channels="sr")
+    assert (code, lines) == (0, [])
+    expected = noise().resize((10, 12), Image.NEAREST)
+    assert Image.open(tmp_path / "out/a.png").tobytes() == expected.tobytes()
+    code, lines, _ = run(source, tmp_path / "other", "--outscale", 2, "--tile", 8, channels="sr")
+    assert code == 2 and "--tile=8: expected nothing for a model trained to enlarge, a Doubling" in lines[0]
+
+
+def test_what_generates_is_guided_by_the_pipeline_of_its_method(models):
+    saved, enlarger = pyrdiff.load(models[3]), enlarging(pyrdiff.load(models["sr"]))
+    assert type(enlarging(saved)) is pyrdiff.GuidedSRPipeline and enlarging(saved).unet is saved.unet
+    assert type(enlarger) is ResidualSRPipeline
+
+
+def test_a_name_as_long_as_names_can_be(run, tmp_path):
+    source = save(noise(), tmp_path / "in" / ("n" * 251 + ".png")).parent
+    code, lines, report = run(source, tmp_path / "out", "--outscale", 2)
+    assert (code, lines) == (0, []) and report["counts"]["done"] == 1

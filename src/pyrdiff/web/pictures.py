@@ -7,6 +7,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pyrdiff.data import BadImageError, Picture, open_picture
 from pyrdiff.data.files import READ
 from pyrdiff.data.images import open_any_size, without_warnings
+from pyrdiff.data.srgb import to_srgb
 
 MAX_FILE_MB = 64
 MODES = {1: "L", 3: "RGB"}  # by channels
@@ -44,6 +45,8 @@ def read_picture(path: str | None, channels: int, max_pixels: int) -> tuple[Imag
     except OSError as error:
         raise ValueError(f"{name} cannot be read: {error.strerror or error}.") from error
     notes = list(picture.notes)
+    picture.color.info["icc_profile"] = picture.icc_profile
+    picture.color = to_srgb(picture.color, notes)
     image = _upright(_opaque(picture, notes), picture.exif, notes)
     mode = MODES.get(channels, "RGB")
     if image.mode != mode:
