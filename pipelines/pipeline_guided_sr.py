@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -158,13 +159,13 @@ class InputGuidance:
 
 class GuidedSRPipeline(SamplingPipeline, DiffusionPipeline):
     r"""
-    Enlarges images, or restores them, with an unconditional network: the input is enlarged and renoised to a part of
+    Enlarges images, or restores them, with a network that generates: the input is enlarged and renoised to a part of
     the noise process, and every step of the way back is guided towards images that the operator would turn into the
     input; at each level up to the size that is asked for (algorithm 2).
 
     Parameters:
-        unet: A network trained without conditions at one or several resolutions. `coordinates` are given to it if its
-            `forward` takes them, so a plain `UNet2DModel` works too.
+        unet: A network trained at one or several resolutions, without conditions or with classes. `coordinates` are
+            given to it if its `forward` takes them, so a plain `UNet2DModel` works too.
         scheduler: Any scheduler of diffusers with `add_noise`. Its own clipping is left out; see `clip_sample`.
     """
 
@@ -225,6 +226,7 @@ class GuidedSRPipeline(SamplingPipeline, DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        classes: str | int | Sequence[str | int | None] | None = None,
     ) -> GuidedSRPipelineOutput | tuple:
         r"""
         Args:
@@ -264,6 +266,8 @@ class GuidedSRPipeline(SamplingPipeline, DiffusionPipeline):
             return_dict: Whether to return a `GuidedSRPipelineOutput` or a tuple (images, consistency, levels).
             callback_on_step_end: Called as f(pipeline, step, timestep, {"latents": ...}) after each step, counted over
                 all levels; may return changed tensors. Setting `pipeline._interrupt = True` ends the run.
+            classes: What the images show, for a network that knows classes (`unet.config.class_names`): a name or
+                number for all of them, or a list with one for each. `None` is for images of any class.
 
         Raises:
             ValueError: for arguments out of range or an operator that does not fit, before any network call.
@@ -281,7 +285,8 @@ class GuidedSRPipeline(SamplingPipeline, DiffusionPipeline):
             for size, level in zip(sizes, steps, strict=True)
         ]
         tiling = Tiling.checked(tile, tile_overlap, self._size_multiple)
-        network = WindowedNetwork(self._predict, self._size_multiple, tiling)
+        predict = partial(self._predict, labels=self._labels(classes, len(measured)))
+        network = WindowedNetwork(predict, self._size_multiple, tiling)
         if mask is not None:
             measured = measured * mask.to(measured)
         guide = InputGuidance(guidance, measured, scale, guidance_every, noise_std, clip_sample, network)

@@ -19,6 +19,7 @@ from pyrdiff.parts.checks import (
     check_strength,
 )
 from pyrdiff.parts.colors import check_colors, draw_colors
+from pyrdiff.parts.labels import Classes, check_guidance, count_images, guidance_scales
 from pyrdiff.parts.levels import check_growing, nfe_eq, per_level, pixel_grid, rounded_up
 from pyrdiff.parts.noise import white_noise
 from pyrdiff.parts.noise_windows import check_noise
@@ -31,12 +32,20 @@ from pyrdiff.parts.wrappers import plain
 
 @dataclass
 class PyramidalLevel:
-    """One level of a plan: its size (height, width), the size the network runs at, and the time of every call."""
+    """
+    One level of a plan: its size (height, width), the size the network runs at, the time of every step, and at how many
+    of them guidance calls the network twice.
+    """
 
     size: tuple[int, int]
     network_size: tuple[int, int]
     timesteps: list[float]
     nfe_eq: float
+    guided: int = 0
+
+    @property
+    def network_calls(self) -> int:
+        return len(self.timesteps) + self.guided
 
 
 @dataclass
@@ -47,7 +56,7 @@ class PyramidalPlan:
 
     @property
     def network_calls(self) -> int:
-        return sum(len(level.timesteps) for level in self.levels)
+        return sum(level.network_calls for level in self.levels)
 
     @property
     def nfe_eq(self) -> float:
@@ -58,7 +67,7 @@ class PyramidalPlan:
         for level in self.levels:
             size, network = ("{}x{}".format(*pair) for pair in (level.size, level.network_size))
             first = f"{level.timesteps[0]:.0f}"
-            rows.append(f"{size:>9}  {network:>9}  {len(level.timesteps):>5}  {first:>7}  {level.nfe_eq:>7.2f}")
+            rows.append(f"{size:>9}  {network:>9}  {level.network_calls:>5}  {first:>7}  {level.nfe_eq:>7.2f}")
         rows.append(f"{'total':>9}  {'':>9}  {self.network_calls:>5}  {'':>7}  {self.nfe_eq:>7.2f}")
         return "\n".join(rows)
 
@@ -85,25 +94,37 @@ class PyramidalArguments(NamedTuple):
     refine_strength: float | Sequence[float] = 0.3
     spacing: str | Sequence[Sequence[int]] = "scheduler"
     start_strength: float = 1.0
+    guidance_scale: float = 1.0
+    guidance_interval: Sequence[float] | None = None
 
 
 @dataclass(frozen=True)
 class PyramidalStage:
     """
-    One level of a running call: its size, the size that the network runs at, both (height, width), its steps, and the
-    share of the noise process that they begin at.
+    One level of a running call: its size, the size that the network runs at, both (height, width), its steps, the share
+    of the noise process that they begin at, and the scale of guidance at each step.
     """
 
     size: tuple[int, int]
     network_size: tuple[int, int]
     steps: LevelSteps
     strength: float
+    scales: list[float]
+
+    @property
+    def guided(self) -> int:
+        """At how many steps the network is called twice."""
+        return sum(scale != 1 for scale in self.scales)
+
+    @property
+    def calls(self) -> int:
+        return len(self.steps) + self.guided
 
 
 class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
     r"""
-    Unconditional generation by Pyramidal DDPM: the whole reverse process at the lowest resolution, then at each higher
-    one only the last part of it, from the enlarged and renoised image.
+    Generation by Pyramidal DDPM: the whole reverse process at the lowest resolution, then at each higher one only the
+    last part of it, from the enlarged and renoised image. Networks that know classes draw images of a class, or of any.
 
     Parameters:
         unet: A network trained at several resolutions. `coordinates` are given to it if its `forward` takes them, so a
@@ -113,11 +134,12 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         plans (`dict`, *optional*): Named plans for `plan=`: {name: {argument of a call: value}}, and in it, as
             "scheduler" and "refine_scheduler", [class of diffusers, {setting: value}] to run the levels with instead.
         colors (`dict`, *optional*): {"mean": [C], "covariance": [C, C]} of the mean colours of the training images, in
-            the [-1, 1] range, for `start_strength`.
+            the [-1, 1] range, for `start_strength`; and as "classes" a list of the same of each class.
     """
 
     _optional_components = ["refine_scheduler"]
     PLAN_ARGUMENTS = PyramidalArguments._fields
+    BESIDE_PLANS = ("guidance_scale", "guidance_interval")  # may be given with a plan that does not set them
     RETIRED = ("detail_spectra", "spectra")
 
     def __init__(
@@ -152,16 +174,25 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         spacing: Literal["scheduler", "log_snr"] | Sequence[Sequence[int]] = "scheduler",
         plan: str | dict | None = None,
         start_strength: float = 1.0,
+        guidance_scale: float = 1.0,
+        guidance_interval: Sequence[float] | None = None,
     ) -> PyramidalPlan:
         """The levels, steps and cost of a call with these arguments (see `__call__`), without running the network."""
         arguments = PyramidalArguments(
-            resolutions, num_inference_steps, refine_steps, refine_strength, spacing, start_strength
+            resolutions,
+            num_inference_steps,
+            refine_steps,
+            refine_strength,
+            spacing,
+            start_strength,
+            guidance_scale,
+            guidance_interval,
         )
         stages = self.lay_out(plan, arguments)
         self._check_noise(stages)
         top = stages[-1].network_size
         levels = [
-            PyramidalLevel(s.size, s.network_size, s.steps.times, nfe_eq(len(s.steps), s.network_size, top))
+            PyramidalLevel(s.size, s.network_size, s.steps.times, nfe_eq(s.calls, s.network_size, top), s.guided)
             for s in stages
         ]
         return PyramidalPlan(levels)
@@ -169,7 +200,7 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         resolutions: Sequence[Size] | None = None,
         num_inference_steps: int = 100,
         refine_steps: int | Sequence[int] = 8,
@@ -184,13 +215,16 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         start_strength: float = 1.0,
+        classes: str | int | Sequence[str | int | None] | None = None,
+        guidance_scale: float = 1.0,
+        guidance_interval: Sequence[float] | None = None,
     ) -> PyramidalPipelineOutput | tuple:
         """
         Generates images from coarse to fine (algorithm 1, with the noise term outside the bracket as in eq. 6 and the
         cumulative alpha in line 8).
 
         Args:
-            batch_size: Number of images.
+            batch_size: Number of images; by default as many as there are `classes`, or 1.
             resolutions: The levels, low to high, each an int or (height, width); by default those that the network was
                 trained at. A size that the network cannot run at is rounded up for it, and its result is resized
                 (bicubic): `plan` shows both.
@@ -202,7 +236,8 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
             spacing: How the steps of a level are placed: as the scheduler does, uniformly in log-SNR, or the times
                 themselves, one descending list a level.
             plan: A plan of the pipeline by its name (`pipeline.config.plans`), or one as a dict, in place of the
-                arguments above but `box`, which are then left at their defaults.
+                arguments above but `box`, which are then left at their defaults. It may set the guidance; where it does
+                not, guidance may be given beside it.
             generator: One generator, or one an image: image k then does not depend on the others.
             output_type: "pil", "np" and "pt" in [0, 1], or "latent" in [-1, 1].
             return_levels: Whether to return the images of every level.
@@ -212,15 +247,31 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
             start_strength: Share in (0, 1] of the noise process that the lowest level starts from: 1 is noise alone
                 (the paper); below, plain images in the colours of the data (`colors`), noised up to there. What little
                 else more noise leaves of an image is hard to learn, and its errors become colour casts.
+            classes: What to draw, of a network that knows classes (`unet.config.class_names`): a name or number for all
+                images, or a list with one for each. `None` is for images of any class.
+            guidance_scale: w of classifier-free guidance (Ho and Salimans 2022): the prediction is u + w (c - u), u
+                without the class and c with it, both passes in one batch. 1 is none; above, images are more typical of
+                their class and less varied. A guided step costs two network calls.
+            guidance_interval: (low, high), shares of the noise process within which there is guidance (Kynkäänniemi et
+                al. 2024); by default everywhere.
 
         Raises:
             ValueError: for arguments out of range, before any work.
         """
         arguments = PyramidalArguments(
-            resolutions, num_inference_steps, refine_steps, refine_strength, spacing, start_strength
+            resolutions,
+            num_inference_steps,
+            refine_steps,
+            refine_strength,
+            spacing,
+            start_strength,
+            guidance_scale,
+            guidance_interval,
         )
         stages = self.lay_out(plan, arguments)
-        check_count("batch_size", batch_size)
+        batch_size = count_images(batch_size, classes)
+        labels = self._labels(classes, batch_size)
+        self._check_guided(stages, classes)
         self._check_request(batch_size, generator, output_type, callback_on_step_end_tensor_inputs)
         if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
             raise ValueError(f"box={box}: expected (top, left, bottom, right) within [0, 1]")
@@ -229,11 +280,12 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         latents, levels = None, []
         with self._running(calls, callback_on_step_end, callback_on_step_end_tensor_inputs) as run:
             for stage in run.going(stages):
-                latents = self._begin(stage, latents, batch_size, generator)  # line 1; lines 7 and 8
+                latents = self._begin(stage, latents, batch_size, generator, labels)  # line 1; lines 7 and 8
                 coordinates = self._coordinates(stage, box, batch_size)
-                for timestep, network_time in run.going(stage.steps.on(latents.device)):  # lines 2 to 4; 9 to 11
+                steps = zip(stage.steps.on(latents.device), stage.scales, strict=True)
+                for (timestep, network_time), scale in run.going(steps):  # lines 2 to 4; 9 to 11
                     sample = stage.steps.scheduler.scale_model_input(latents, timestep)
-                    prediction = self._predict(sample, network_time, coordinates)
+                    prediction = self._guided(sample, network_time, coordinates, labels, scale)
                     latents = stage.steps.step(prediction, timestep, latents, generator)
                     latents = run.after_step(timestep, latents)
                 levels.append((latents, stage.size))
@@ -244,7 +296,12 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         return PyramidalPipelineOutput(images=images, levels=levels)
 
     def _begin(
-        self, stage: PyramidalStage, latents: torch.Tensor | None, batch_size: int, generator: Generators
+        self,
+        stage: PyramidalStage,
+        latents: torch.Tensor | None,
+        batch_size: int,
+        generator: Generators,
+        labels: torch.Tensor | None,
     ) -> torch.Tensor:
         """
         Noise at the lowest level (line 1), or plain colours in less of it; above, what was reached below, enlarged and
@@ -255,9 +312,36 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         if latents is None and stage.strength == 1:
             return noise * stage.steps.scheduler.init_noise_sigma
         if latents is None:
-            return stage.steps.renoise(draw_colors(self.config.colors, shape, generator, noise.device), noise)
+            labels = None if labels is None else labels.tolist()
+            plain_images = draw_colors(self.config.colors, shape, generator, noise.device, labels)
+            return stage.steps.renoise(plain_images, noise)
         enlarged = F.interpolate(latents, stage.network_size, mode="bicubic", align_corners=False)
         return stage.steps.renoise(enlarged, noise)
+
+    def _guided(
+        self,
+        sample: torch.Tensor,
+        time: torch.Tensor,
+        coordinates: torch.Tensor,
+        labels: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """The network's output; unless the scale is 1, drawn away from the output for images of any class."""
+        if scale == 1:
+            return self._predict(sample, time, coordinates, labels)
+        none = torch.full_like(labels, plain(self.unet).config.num_class_embeds - 1)
+        coordinates = coordinates[:1].expand(2 * len(sample), -1, -1, -1)
+        both = self._predict(torch.cat((sample, sample)), time, coordinates, torch.cat((none, labels)))
+        without, told = both.chunk(2)
+        return without + scale * (told - without)
+
+    @staticmethod
+    def _check_guided(stages: list[PyramidalStage], classes: Classes) -> None:
+        """Refuses guidance of images none of which has a class."""
+        scale = next((scale for stage in stages for scale in stage.scales if scale != 1), 1)
+        named = classes if isinstance(classes, (list, tuple)) else [classes]
+        if scale != 1 and all(value is None for value in named):
+            raise ValueError(f"guidance_scale={scale:g}: expected classes beside it, which guidance draws towards")
 
     def _coordinates(self, stage: PyramidalStage, box: Sequence[float], batch_size: int) -> torch.Tensor:
         grid = pixel_grid(*stage.network_size, box).to(self._execution_device)
@@ -285,13 +369,20 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         for strength in strengths:
             check_strength("refine_strength", strength)
         self._check_start(arguments.start_strength)
+        check_guidance(arguments.guidance_scale, arguments.guidance_interval, plain(self.unet).config)
         stages = []
         for index, (size, strength) in enumerate(zip(sizes, [arguments.start_strength, *strengths], strict=True)):
             name = "refine_steps" if index else "num_inference_steps"
             steps = lay_out_steps(schedulers[min(index, 1)], calls[index], strength, spacings[index], name)
             if (index or strength < 1) and spacings[index] == "scheduler":
                 check_start_above_zero(steps, name, calls[index])
-            stages.append(PyramidalStage(size, rounded_up(size, self._size_multiple), steps, strength))
+            scales = guidance_scales(
+                arguments.guidance_scale,
+                arguments.guidance_interval,
+                steps.times,
+                steps.scheduler.config.num_train_timesteps,
+            )
+            stages.append(PyramidalStage(size, rounded_up(size, self._size_multiple), steps, strength, scales))
         return stages
 
     def _check_start(self, strength: float) -> None:
@@ -310,14 +401,15 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         """The arguments of the plan, or those given; and the schedulers of the lowest level and of those above."""
         if plan is None:
             return arguments, (self.scheduler, self.refine_scheduler or self.scheduler)
-        check_not_beside_plan(plan, arguments)
         named = read_plan(plan, self.config.plans, self.PLAN_ARGUMENTS, ("scheduler", "refine_scheduler"))
+        beside = {name: getattr(arguments, name) for name in self.BESIDE_PLANS if name not in named.arguments}
+        check_not_beside_plan(plan, arguments, tuple(beside))
         chosen = {
             name: plan_scheduler(name, entry, self.scheduler) for name, entry in named.schedulers.items() if entry
         }
         low = chosen.get("scheduler", self.scheduler)
         own = None if named.schedulers else self.refine_scheduler
-        return PyramidalArguments(**named.arguments), (low, chosen.get("refine_scheduler") or own or low)
+        return PyramidalArguments(**named.arguments, **beside), (low, chosen.get("refine_scheduler") or own or low)
 
     def _level_sizes(self, resolutions: Sequence[Size] | None) -> list[tuple[int, int]]:
         """The levels as (height, width), by default those of training."""

@@ -19,10 +19,11 @@ class Method:
         name: As users type it, and as the entry point is called; "-" and "_" are the same to users.
         summary: One line for `--help`.
         settings: Dataclass of the method's flags; a `TrainingSettings`, whose `_check` is there for subclasses.
-        model: f(settings, channels) -> the network.
+        model: f(settings, channels) -> the network. If the settings have `class_labels`, it is also given
+            `class_names`, those of the classes that the images have.
         adopt: f(settings, channels, class name, config) -> the network that can begin with the weights of another,
-            whose class and config these are; `ValueError` if there is none. Without it a run begins only with the
-            weights of a network that is built as its own.
+            whose class and config these are; `ValueError` if there is none. `class_names` as for `model`. Without it a
+            run begins only with the weights of a network that is built as its own.
         scheduler: f(settings, images) -> the noise schedule that it is trained with; `images` are `ImageLevels`.
         loss: f(network, scheduler, settings, batch, draws) -> scalar; `batch` holds images [B, C, H, W] in [-1, 1].
         pipeline: f(settings, network, scheduler, images) -> the pipeline to sample with and to publish. Its constructor

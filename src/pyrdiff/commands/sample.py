@@ -30,7 +30,17 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL import Image
 
-FLAGS = ("plan", "num_inference_steps", "refine_steps", "refine_strength", "num_passes", "resolutions")
+FLAGS = (
+    "plan",
+    "num_inference_steps",
+    "refine_steps",
+    "refine_strength",
+    "num_passes",
+    "resolutions",
+    "classes",
+    "guidance_scale",
+    "guidance_interval",
+)
 OURS = ("batch_size", "generator", "output_type", "return_dict")  # arguments of the call that the command sets
 IN_GRID = 64
 
@@ -66,6 +76,13 @@ class SampleSettings:
     """Network calls of a pixel-aware model."""
     resolutions: tuple[str, ...] | None = None
     """The levels, low to high, each a number or HEIGHTxWIDTH."""
+    classes: tuple[str, ...] | None = None
+    """What to draw, of a model that was trained with classes: names or numbers; the images take turns."""
+    guidance_scale: float | None = None
+    """How much more typical of their classes images become, at the cost of variety and of two network calls a step: 1
+    is not at all, 1.5 to 3 is usual."""
+    guidance_interval: tuple[float, float] | None = None
+    """Shares of the noise process, low and high, within which there is guidance; by default everywhere."""
     arguments: str | None = None
     """Further arguments of the model's call, as a JSON object."""
     device: str | None = None
@@ -148,19 +165,38 @@ def generate(
 ) -> "Iterator[Image.Image]":
     """
     One PIL image a seed, in their order. Each has its own generator, whatever the batch. A pipeline whose call takes no
-    `batch_size` makes one image a call.
+    `batch_size` makes one image a call. Of several `classes`, seed k takes number k, then again the first.
     """
     import torch
 
+    classes = classes_of(arguments)
     batched = "batch_size" in inspect.signature(pipeline.__call__).parameters
     step = batch_size if batched else 1
     for start in range(0, len(seeds), step):
         generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + step]]
         count = {"batch_size": len(generators)} if batched else {}
-        images = pipeline(**count, generator=generators, **arguments).images
+        told = {"classes": [classes[seed % len(classes)] for seed in seeds[start : start + step]]} if classes else {}
+        images = pipeline(**count, generator=generators, **{**arguments, **told}).images
         if len(images) != len(generators):
             raise ValueError(f"{type(pipeline).__name__} gave {len(images)} images: expected {len(generators)}")
         yield from images
+
+
+def classes_of(arguments: dict) -> list:
+    """The classes that images take turns in; none if the call is not told any."""
+    classes = arguments.get("classes")
+    several = isinstance(classes, (list, tuple))
+    return list(classes) if several else [] if classes is None else [classes]
+
+
+def check_classes(pipeline: "DiffusionPipeline", arguments: dict) -> None:
+    """Refuses classes that the model does not have."""
+    from pyrdiff.parts.labels import label_numbers
+    from pyrdiff.parts.wrappers import plain
+
+    classes = classes_of(arguments)
+    if classes:
+        label_numbers(classes, len(classes), plain(pipeline.unet).config)
 
 
 def load(settings: SampleSettings, arguments: dict) -> "DiffusionPipeline":
@@ -179,6 +215,7 @@ def load(settings: SampleSettings, arguments: dict) -> "DiffusionPipeline":
         max_megapixels=settings.max_megapixels,
     )
     check_call(pipeline, arguments)
+    check_classes(pipeline, arguments)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -199,7 +236,11 @@ def print_plan(pipeline: "DiffusionPipeline", arguments: dict) -> None:
     """What an image will cost, if the pipeline can say. Raises ValueError for arguments that it refuses."""
     if hasattr(pipeline, "plan"):
         known = inspect.signature(pipeline.plan).parameters
-        print(pipeline.plan(**{name: value for name, value in arguments.items() if name in known}), flush=True)
+        plan = pipeline.plan(**{name: value for name, value in arguments.items() if name in known})
+        guided = any(getattr(level, "guided", 0) for level in plan.levels) if hasattr(plan, "levels") else False
+        if guided and not classes_of(arguments):
+            raise ValueError("guidance without --classes: expected both, since it draws images towards their classes")
+        print(plan, flush=True)
 
 
 def write_grid(paths: list[Path], target: Path, outputs: Outputs) -> None:
@@ -302,7 +343,12 @@ def main(args: list[str]) -> dict:
     seconds = time.perf_counter() - began
 
     status = dict.fromkeys(skipped, "skipped") | dict.fromkeys(done, "done")
-    files = [{"file": paths[seed].name, "seed": seed, "status": status[seed]} for seed in sorted(status)]
+    classes = classes_of(arguments)
+    files = [
+        {"file": paths[seed].name, "seed": seed, "status": status[seed]}
+        | ({"class": classes[seed % len(classes)]} if classes else {})
+        for seed in sorted(status)
+    ]
     report = {
         "settings": asdict(settings),
         "model": {"name": settings.model, "pipeline": pipeline and type(pipeline).__name__},

@@ -48,12 +48,14 @@ class Batch:
             in [0, 1]; None when images are whole.
         indices: int64 [B], which images these are.
         level: Index of the level, 0 the lowest.
+        labels: int64 [B], the classes of these images; None for images without classes.
     """
 
     images: torch.Tensor
     boxes: torch.Tensor | None
     indices: torch.Tensor
     level: int
+    labels: torch.Tensor | None = None
 
 
 class MultiScaleBatches:
@@ -121,6 +123,7 @@ class MultiScaleBatches:
         ]
         if level_share is not None and (len(level_share) != len(images.sizes) or min(level_share) < 1):
             raise ValueError(f"level_share={level_share}: expected 1 or more for each of {len(images.sizes)}")
+        self._labels = None if images.labels is None else torch.from_numpy(images.labels.numbers)
         self.level_share = list(level_share or level_shares(self.batch_sizes))
         self._visits = [level for level, share in enumerate(self.level_share) for _ in range(share)]
         self._permutations: list[dict[int, torch.Tensor]] = [{} for _ in images.sizes]
@@ -181,7 +184,8 @@ class MultiScaleBatches:
         if self.patch_size is not None:
             corners = torch.stack([tops, lefts, tops + window_height, lefts + window_width], dim=1)
             boxes = corners.float() / torch.tensor([height, width, height, width])
-        return Batch(torch.from_numpy(pixels), boxes, indices, level)
+        labels = None if self._labels is None else self._labels[indices]
+        return Batch(torch.from_numpy(pixels), boxes, indices, level, labels)
 
     def _stream(self, level: int, start: int, count: int) -> torch.Tensor:
         """Images `start` to `start + count` of the level's endless stream: epoch after epoch, each a permutation."""

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from pyrdiff.parts.files import replacing
 
 from .images import MAX_PIXELS, WHITE, BadImageError, check_decoding, decode_image, fit_image
+from .labels import Labels
 from .sources import ImageSource, open_source
 
 logger = logging.getLogger(__name__)
@@ -38,10 +39,11 @@ class ImageLevels:
         composited: How many of the N had transparency, which was composited on the background.
         enlarged: How many of the N are smaller than the highest level in height or width.
         notes: {what was converted or looks wrong: (how many of the N, the name of the first)}; see `decode_image`.
-        fingerprint: SHA-256 over sizes, channels and the pixels of the highest level.
+        labels: The classes of the N images, or None.
+        fingerprint: SHA-256 over sizes, channels, the pixels of the highest level, and the classes if there are any.
 
     Raises:
-        ValueError: when sizes, arrays and names do not fit together.
+        ValueError: when sizes, arrays and names do not fit together, or a class has no image.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class ImageLevels:
         enlarged: int = 0,
         fingerprint: str | None = None,
         notes: Mapping[str, Sequence] | None = None,
+        labels: Labels | None = None,
     ):
         self.sizes = check_sizes(sizes)
         self.arrays = list(arrays)
@@ -73,6 +76,10 @@ class ImageLevels:
                     f"[N, {height}, {width}, C], with C 1 or 3 and N the number of names, {len(self.names)}, at least 1"
                 )
         self.fingerprint = fingerprint or fingerprint_of(self.sizes, self.arrays[-1])
+        self.labels = labels
+        if labels is not None:
+            _check_labels(labels, len(self))
+            self.fingerprint = _labelled(self.fingerprint, labels)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -147,11 +154,14 @@ class ImageLevels:
         if bad and on_bad_image == "stop":  # only a cache made with "skip" comes here
             raise _stopped(*bad[0])
         left_out = {index for index, _ in record["bad"]}
-        names = [name for index, name in enumerate(source.names) if index not in left_out]
+        kept = [index for index in range(len(source)) if index not in left_out]
+        names, labels = [source.names[index] for index in kept], getattr(source, "labels", None)
+        if labels is not None:
+            labels = Labels(labels.names, labels.numbers[kept])
         for note, (count, first) in record["notes"].items():
             logger.warning("%d of %d images, %s the first: %s", count, len(names), first, note)
         told = {key: record[key] for key in ("composited", "enlarged", "fingerprint", "notes")}
-        return cls(sizes, arrays, names, bad, **told)
+        return cls(sizes, arrays, names, bad, **told, labels=labels)
 
 
 def check_sizes(sizes: Sequence[int | tuple[int, int]]) -> list[tuple[int, int]]:
@@ -176,6 +186,21 @@ def fingerprint_of(sizes: Sequence[tuple[int, int]], top: np.ndarray) -> str:
     digest = hashlib.sha256(json.dumps([[list(size) for size in sizes], top.shape[-1]]).encode())
     for start in range(0, len(top), HASH_ROWS):
         digest.update(np.ascontiguousarray(top[start : start + HASH_ROWS]))
+    return digest.hexdigest()
+
+
+def _check_labels(labels: Labels, images: int) -> None:
+    if len(labels.numbers) != images:
+        raise ValueError(f"labels: {len(labels.numbers)} for {images} images; expected one for each")
+    for name, count in zip(labels.names, np.bincount(labels.numbers, minlength=len(labels.names)), strict=True):
+        if count == 0:
+            raise ValueError(f"class_labels: the class {name!r} has no image that can be read; expected one at least")
+
+
+def _labelled(fingerprint: str, labels: Labels) -> str:
+    """The fingerprint of the same images with these classes."""
+    digest = hashlib.sha256(json.dumps([fingerprint, labels.names]).encode())
+    digest.update(np.ascontiguousarray(labels.numbers, "<i8"))
     return digest.hexdigest()
 
 

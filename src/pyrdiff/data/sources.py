@@ -15,6 +15,7 @@ from PIL import Image
 
 from .glyphs import draw_glyphs
 from .images import BadImageError, decode_image, fit_image
+from .labels import Labels, labels_in_archive, labels_in_dataset, labels_of_folder
 from .listing import look_into
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ ARRAY_SHAPES = "uint8 arrays [N, H, W] or [N, H, W, C] with C 1, 3 or 4"
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """A numbered set of images.
+    """A numbered set of images. One whose images have classes may say them by `labels`, a `Labels`.
 
     Attributes:
         names: What each image is called in errors and logs.
@@ -47,11 +48,15 @@ class ImageSource(Protocol):
 
 
 class FolderImages:
-    """The images of a folder and the folders below it; `listing` says what is taken. See `look_into`."""
+    """
+    The images of a folder and the folders below it; `listing` says what is taken. See `look_into`, and for
+    `class_labels` `open_source`.
+    """
 
-    def __init__(self, folder: str | os.PathLike, leave_out_runs: bool = False):
+    def __init__(self, folder: str | os.PathLike, leave_out_runs: bool = False, class_labels: bool = False):
         self.folder = Path(folder)
         self.listing = look_into(folder, leave_out_runs)
+        self.labels = labels_of_folder(self.listing) if class_labels else None
         self.paths = self.listing.images
         self.names = [str(path) for path in self.paths]
 
@@ -80,16 +85,18 @@ class ArrayImages:
         array: The images.
         name: Images are called "name[index]".
         key: What identifies the array; made from its bytes when None.
+        labels: Classes of the images, if they are known.
 
     Raises:
         ValueError: for another type or shape, or without images.
     """
 
-    def __init__(self, array: np.ndarray, name: str = "array", key: dict | None = None):
+    def __init__(self, array: np.ndarray, name: str = "array", key: dict | None = None, labels: Labels | None = None):
         if not _is_image_array(array):
             raise ValueError(f"{name}={array.dtype} {list(array.shape)}: expected {ARRAY_SHAPES}, none empty")
         self.array = array[..., 0] if array.ndim == 4 and array.shape[-1] == 1 else array
         self.names = [f"{name}[{index}]" for index in range(len(array))]
+        self.labels = labels
         self._key = key
 
     def __len__(self) -> int:
@@ -114,12 +121,13 @@ class HubImages:
         dataset: One split.
         name: Images are called "name[row]".
         column: A column of feature type `datasets.Image`; None for the only one.
+        class_labels: Whether to read the classes in the only column of feature type `datasets.ClassLabel`.
 
     Raises:
         ValueError: when there is no such column, or several and none is named.
     """
 
-    def __init__(self, dataset: "datasets.Dataset", name: str, column: str | None = None):
+    def __init__(self, dataset: "datasets.Dataset", name: str, column: str | None = None, class_labels: bool = False):
         import datasets
 
         columns = [key for key, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
@@ -133,6 +141,7 @@ class HubImages:
         if len(dataset) == 0:
             raise ValueError(f"source={name!r} has no rows: expected a split with images")
         self.column = column
+        self.labels = labels_in_dataset(dataset, name) if class_labels else None
         self.rows = dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
         self.names = [f"{name}[{index}]" for index in range(len(dataset))]
         self._key = {"kind": "dataset", "name": name, "column": column, "fingerprint": dataset._fingerprint}
@@ -181,6 +190,8 @@ class Some:
     def __init__(self, source: ImageSource, indices: Sequence[int]):
         self.source, self.indices = source, list(indices)
         self.names = [source.names[index] for index in self.indices]
+        labels = getattr(source, "labels", None)
+        self.labels = None if labels is None else Labels(labels.names, labels.numbers[self.indices])
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -200,6 +211,7 @@ def open_source(
     image_column: str | None = None,
     array_key: str | None = None,
     leave_out_runs: bool = False,
+    class_labels: bool = False,
 ) -> ImageSource:
     """Open a set of images. What `source` may be, in the order in which it is tried:
 
@@ -217,9 +229,13 @@ def open_source(
         image_column: Column of a Hub data set; None for the only one of feature type `datasets.Image`.
         array_key: Name of an array in a .npz file.
         leave_out_runs: Of a folder, whether images that runs of ours wrote are left out; see `look_into`.
+        class_labels: Whether the source is to say the images' classes as its `labels`. Of a folder these are its
+            sub-folders, of a .npz file its array "y_train" or "labels", of a Hub data set its only column of feature
+            type `datasets.ClassLabel`.
 
     Raises:
-        ValueError: when `source` is none of these, has no images, or an option does not go with its kind.
+        ValueError: when `source` is none of these, has no images, or an option does not go with its kind; with
+            `class_labels`, when an image has no class or a class has no image.
     """
     hub_options = {"dataset_config": dataset_config, "image_column": image_column}
     path = None if isinstance(source, np.ndarray) or source == "glyphs" else Path(source)
@@ -229,20 +245,23 @@ def open_source(
     if not (local and path is not None and path.suffix == ".npz"):
         _refuse({"array_key": array_key}, source, "a .npz file")
 
+    if class_labels and (path is None or path.suffix == ".npy"):
+        what = "an array" if isinstance(source, np.ndarray) else repr(str(source))
+        raise ValueError(f"class_labels for {what}: expected for a folder, a .npz file or a Hub data set only")
     if isinstance(source, np.ndarray):
         return ArrayImages(source)
     if path is None:
         return ArrayImages(draw_glyphs(GLYPH_SIZE), "glyphs")
     if path.is_dir():
-        return FolderImages(path, leave_out_runs)
+        return FolderImages(path, leave_out_runs, class_labels)
     if path.exists():
-        return _open_file(path, array_key)
+        return _open_file(path, array_key, class_labels)
     if not isinstance(source, str) or path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise ValueError(
             f"source={str(source)!r} does not exist: expected a folder, a .npy or .npz file, 'glyphs' or the "
             "name of a Hub data set"
         )
-    return _open_hub(source, dataset_config, split, image_column)
+    return _open_hub(source, dataset_config, split, image_column, class_labels)
 
 
 def _refuse(options: dict[str, str | None], source: object, kind: str) -> None:
@@ -261,19 +280,22 @@ def _is_image_shape(shape: tuple[int, ...], dtype: np.dtype) -> bool:
     return dtype == np.uint8 and shaped and math.prod(shape) > 0
 
 
-def _open_file(path: Path, array_key: str | None) -> ArrayImages:
+def _open_file(path: Path, array_key: str | None, class_labels: bool) -> ArrayImages:
     if path.suffix not in (".npy", ".npz"):
         raise ValueError(f"source={str(path)!r}: expected a folder of images, a .npy or a .npz file")
     stat = path.stat()
     key = {"kind": "file", "path": str(path.resolve()), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+    labels = None
     try:
         array = _load_array(path)
         if path.suffix == ".npz":
-            with array:
-                array_key, array = _choose_array(array, array_key, path)
+            with array as arrays:
+                array_key, array = _choose_array(arrays, array_key, path)
+                labels = labels_in_archive(arrays, len(array), path) if class_labels else None
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"source={str(path)!r} cannot be read ({error}): expected a whole {path.suffix}") from error
-    return ArrayImages(array, str(path) + (f":{array_key}" if array_key else ""), key | {"array": array_key})
+    name = str(path) + (f":{array_key}" if array_key else "")
+    return ArrayImages(array, name, key | {"array": array_key}, labels)
 
 
 def _load_array(path: Path):
@@ -336,7 +358,7 @@ def _unpacked_size(arrays: np.lib.npyio.NpzFile, key: str) -> int:
     return math.prod(shape) * dtype.itemsize
 
 
-def _open_hub(name: str, config: str | None, split: str, column: str | None) -> HubImages:
+def _open_hub(name: str, config: str | None, split: str, column: str | None, class_labels: bool) -> HubImages:
     import datasets
 
     try:
@@ -345,4 +367,4 @@ def _open_hub(name: str, config: str | None, split: str, column: str | None) -> 
         raise ValueError(
             f"source: {name!r} is not an existing path, and cannot be loaded as a Hub data set: {error}"
         ) from error
-    return HubImages(dataset, ":".join(part for part in (name, config, split) if part), column)
+    return HubImages(dataset, ":".join(part for part in (name, config, split) if part), column, class_labels)

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from pyrdiff.parts.json_files import LARGEST, read_json
+from pyrdiff.parts.wrappers import plain
 
 from .messages import in_one_line
 
@@ -69,22 +70,41 @@ def write(
 ) -> str:
     """The card of a model that was just exported."""
     enlarges = needs_image(type(pipeline))
+    classes = class_names(pipeline)
     values = ModelCardData(
         library_name="diffusers",
         pipeline_tag="image-to-image" if enlarges else "unconditional-image-generation",
         license=license,
         tags=["pyrdiff", "pixel-space", type(pipeline).__name__],
     )
+    if classes:
+        training = {**training, "classes": ", ".join(classes)}
     rows = [f"| {name} | {_cell(value)} |" for name, value in training.items()]
     text = CARD.format(
         title=title,
         description=description,
-        call="larger = pipeline(image).images[0]" if enlarges else "images = pipeline(batch_size=4).images",
+        call=_call(enlarges, classes),
         training="\n".join(["| | |", "|---|---|", *rows]) if rows else "Nothing was recorded.",
         data=data or "not described; nor is their licence.",
         limits=limits or "Not described.",
     )
     return f"---\n{values.to_yaml()}\n---\n{text}"
+
+
+def class_names(pipeline: DiffusionPipeline) -> list[str]:
+    """Of the classes that the pipeline's network knows."""
+    network = getattr(pipeline, "unet", None)
+    config = {} if network is None else getattr(plain(network), "config", {})
+    return list(config.get("class_names") or [])
+
+
+def _call(enlarges: bool, classes: list[str]) -> str:
+    """The line that shows how the pipeline is called."""
+    if enlarges:
+        return "larger = pipeline(image).images[0]"
+    if classes:
+        return f"images = pipeline(classes={classes[:4]}, guidance_scale=2.0).images"
+    return "images = pipeline(batch_size=4).images"
 
 
 def fill(

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Literal
 
 from pyrdiff.plugins import Method
@@ -40,6 +41,11 @@ class PyramidalSettings(TrainingSettings):
     """Steps a round at each resolution, low to high. By default larger ones, of which a step shows fewer images, come
     more often (1 2 6 for 16 32 64); 1 1 1 is the paper's."""
 
+    class_labels: bool = False
+    """Train the images' classes: the sub-folders of the folder of images (each image in one), the array y_train or
+    labels of an .npz, or the column of classes of a data set. Their names are in the network's config."""
+    label_dropout: float = 0.1
+    """Share of the images whose class is not told, for guidance and for images of any class."""
     held_out_dir: str | None = None
     """Images that are not trained on (folder, .npz or .npy array), to choose the finished model's own plans by."""
     tune_minutes: float | None = None
@@ -62,10 +68,11 @@ class PyramidalSettings(TrainingSettings):
         self._above_zero("tune_minutes")
         both = (self.tune_minutes is None) == (self.held_out_dir is None)
         self._check("tune_minutes", both, "held_out_dir beside it, with images that are not trained on, or neither")
+        self._check("label_dropout", 0 < self.label_dropout < 1, "a number in (0, 1)")
         self._check("snr_gamma", self.snr_gamma is None or self.snr_gamma > 0, "a number above 0")
 
 
-def build_model(settings: PyramidalSettings, channels: int):
+def build_model(settings: PyramidalSettings, channels: int, class_names: tuple[str, ...] | None = None):
     from pyrdiff.models import CoordinateUNet2DModel
     from pyrdiff.models.unet_coordinate import PRESETS
 
@@ -73,16 +80,22 @@ def build_model(settings: PyramidalSettings, channels: int):
     if overrides:
         _check_channels(settings.block_out_channels, PRESETS[settings.preset])
     network = CoordinateUNet2DModel.from_preset(
-        settings.preset, image_channels=channels, **_of_the_data(settings), **overrides
+        settings.preset, image_channels=channels, class_names=class_names, **_of_the_data(settings), **overrides
     )
     _check_sizes(settings, network, f"preset={settings.preset!r}")
     return network
 
 
-def adopt(settings: PyramidalSettings, channels: int, class_name: str | None, config: dict):
+def adopt(
+    settings: PyramidalSettings,
+    channels: int,
+    class_name: str | None,
+    config: dict,
+    class_names: tuple[str, ...] | None = None,
+):
     """
     The network that begins with the weights of a `UNet2DModel` or of one of ours: its architecture, with the channels
-    for coordinates and what the settings say of the data.
+    for coordinates, the classes, and what the settings say of the data.
     """
     from diffusers import UNet2DModel
 
@@ -95,17 +108,29 @@ def adopt(settings: PyramidalSettings, channels: int, class_name: str | None, co
         raise ValueError(f"a network for images of {its_channels} channels; expected image_channels={its_channels}")
     if config.get("out_channels") != channels:
         raise ValueError(f"it predicts {config.get('out_channels')} channels of {channels}; expected as many")
-    if config.get("num_class_embeds") or config.get("class_embed_type"):
-        raise ValueError("a network that takes class labels; expected one without")
+    _check_classes(config, class_names)
     if settings.block_out_channels not in (None, tuple(config["block_out_channels"])):
         raise ValueError(f"block_out_channels={tuple(config['block_out_channels'])}; expected none beside it, or these")
     own = inspect.signature(CoordinateUNet2DModel.__init__).parameters
     taken = {name: config[name] for name in own if name in config}
-    for name in ("in_channels", "sample_size"):
+    for name in ("in_channels", "sample_size", "num_class_embeds"):
         taken.pop(name, None)
-    network = CoordinateUNet2DModel(**{**taken, "image_channels": channels, **_of_the_data(settings)})
+    given = {"image_channels": channels, "class_names": class_names, **_of_the_data(settings)}
+    network = CoordinateUNet2DModel(**{**taken, **given})
     _check_sizes(settings, network, f"init_from={settings.init_from!r}")
     return network
+
+
+def _check_classes(config: dict, class_names: tuple[str, ...] | None) -> None:
+    """Refuses a network with other classes than the run's; one without classes may learn any."""
+    if not config.get("num_class_embeds") and not config.get("class_embed_type"):
+        return
+    if class_names is None:
+        raise ValueError("a network that takes class labels; expected one without, or class_labels=True")
+    its_names = config.get("class_names")
+    if its_names is None or list(its_names) != list(class_names):
+        there = "without names" if its_names is None else ", ".join(its_names)
+        raise ValueError(f"a network with classes {there}; expected those of the images, {', '.join(class_names)}")
 
 
 def _of_the_data(settings: PyramidalSettings) -> dict:
@@ -163,6 +188,7 @@ def loss(network, scheduler, settings: PyramidalSettings, batch, draws):
     resolution at times within the noise window.
     """
     from pyrdiff.models import CoordinateUNet2DModel
+    from pyrdiff.parts.wrappers import plain
     from pyrdiff.training.losses import noise_prediction_loss
 
     coordinates = None
@@ -170,8 +196,13 @@ def loss(network, scheduler, settings: PyramidalSettings, batch, draws):
         height, width = batch.images.shape[-2:]
         coordinates = CoordinateUNet2DModel.coordinate_grid(height, width, batch.boxes, device=batch.images.device)
 
+    told = {}
+    if batch.labels is not None:
+        untold = draws.uniform(len(batch.labels)) < settings.label_dropout
+        told["class_labels"] = batch.labels.masked_fill(untold, plain(network).config.num_class_embeds - 1)
+
     def predict(noisy, timesteps):
-        return network(noisy, timesteps, coordinates=coordinates, return_dict=False)[0]
+        return network(noisy, timesteps, coordinates=coordinates, **told, return_dict=False)[0]
 
     steps = scheduler.config.num_train_timesteps
     noisiest = steps if batch.level == 0 else min(steps, round((settings.noise_window + MARGIN) * steps))
@@ -185,7 +216,11 @@ def build_pipeline(settings: PyramidalSettings, network, scheduler, images):
 
     start = start_strength(scheduler.alphas_cumprod.tolist(), settings.sizes[0])
     named = plans(settings.ddpm_num_steps, len(settings.sizes), start, settings.noise_window)
-    pipeline = PyramidalPipeline(network, scheduler, plans=named, colors=color_statistics(images.arrays[0]))
+    colors = color_statistics(images.arrays[0])
+    if images.labels is not None:
+        members = [images.labels.numbers == number for number in range(len(images.labels.names))]
+        colors["classes"] = [color_statistics(images.arrays[0][each]) for each in members]
+    pipeline = PyramidalPipeline(network, scheduler, plans=named, colors=colors)
     if settings.held_out_dir is not None:
         _judges(settings, pipeline)
     return pipeline
@@ -268,7 +303,10 @@ def plans(train_steps: int = 1000, levels: int = 3, start: float = 1.0, noise_wi
 def preview(settings: PyramidalSettings, pipeline, images, path) -> dict[str, float]:
     from pyrdiff.training.previews import save_samples
 
-    return save_samples(settings, pipeline, images, path)
+    if images.labels is None:
+        return save_samples(settings, pipeline, images, path)
+    classes = list(islice(cycle(images.labels.names), settings.eval_batch_size))
+    return save_samples(settings, pipeline, images, path, classes=classes)
 
 
 def classes() -> tuple[type, ...]:

@@ -13,11 +13,17 @@ def check_colors(colors: Mapping | None, channels: int) -> None:
     Refuses what is no mean and covariance of colours.
 
     Args:
-        colors: {"mean": [C], "covariance": [C, C]} of the mean colours of images in [-1, 1], or `None`.
+        colors: {"mean": [C], "covariance": [C, C]} of the mean colours of images in [-1, 1], or `None`; and as
+            "classes", if there are any, a list of the same of each class.
         channels: C.
     """
     if colors is None:
         return
+    of_classes = colors.get("classes", []) if isinstance(colors, Mapping) else []
+    if not isinstance(of_classes, (list, tuple)):
+        raise ValueError(f"colors: has the classes {of_classes!r}; expected a list with the colours of each")
+    for each in of_classes:
+        check_colors(each if isinstance(each, Mapping) else {}, channels)
     try:
         mean, covariance = (torch.tensor(colors[name], dtype=torch.float64) for name in ("mean", "covariance"))
         good = mean.shape == (channels,) and covariance.shape == (channels, channels)
@@ -34,7 +40,11 @@ def check_colors(colors: Mapping | None, channels: int) -> None:
 
 
 def draw_colors(
-    colors: Mapping, shape: tuple[int, int, int, int], generator: Generators, device: torch.device
+    colors: Mapping,
+    shape: tuple[int, int, int, int],
+    generator: Generators,
+    device: torch.device,
+    labels: list[int] | None = None,
 ) -> torch.Tensor:
     """
     Images of one colour each, in [-1, 1] as far as their spread is.
@@ -44,12 +54,22 @@ def draw_colors(
         shape: [B, C, H, W].
         generator: One, or one an image.
         device: Of the images.
+        labels: [B], places in the list of classes; beyond it, an image has the colours of all images.
     """
-    covariance = torch.tensor(colors["covariance"], dtype=torch.float64)
-    values, vectors = torch.linalg.eigh(covariance)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # symmetric, so that it does not depend on signs
     normal = white_noise((shape[0], shape[1], 1, 1), generator=generator, device=device)
-    drawn = (
-        torch.einsum("cd,bdhw->bchw", root.to(normal), normal) + torch.tensor(colors["mean"]).to(normal)[:, None, None]
-    )
+    classes = colors.get("classes") or []
+    if labels is None or not classes:
+        root, mean = _root_and_mean(colors)
+        drawn = torch.einsum("cd,bdhw->bchw", root.to(normal), normal) + mean.to(normal)[:, None, None]
+        return drawn.expand(shape)
+    pairs = [_root_and_mean(each) for each in (*classes, colors)]
+    roots, means = (torch.stack([pairs[min(label, len(classes))][k] for label in labels]) for k in (0, 1))
+    drawn = torch.einsum("bcd,bdhw->bchw", roots.to(normal), normal) + means.to(normal)[:, :, None, None]
     return drawn.expand(shape)
+
+
+def _root_and_mean(colors: Mapping) -> tuple[torch.Tensor, torch.Tensor]:
+    """The root [C, C] of the covariance, float64, and the mean [C]."""
+    values, vectors = torch.linalg.eigh(torch.tensor(colors["covariance"], dtype=torch.float64))
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T  # symmetric, so that it does not depend on signs
+    return root, torch.tensor(colors["mean"])

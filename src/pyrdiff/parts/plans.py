@@ -72,10 +72,11 @@ def given(arguments: NamedTuple) -> dict:
     return {name: value for name, value in arguments._asdict().items() if not left_out(name, value)}
 
 
-def check_not_beside_plan(plan: str | dict, arguments: NamedTuple) -> None:
-    """Refuses arguments that are given beside a plan."""
+def check_not_beside_plan(plan: str | dict, arguments: NamedTuple, but: tuple[str, ...] = ()) -> None:
+    """Refuses arguments that are given beside a plan, but those that may be."""
     for name, value in given(arguments).items():
-        raise ValueError(f"plan={plan!r} with {name}={value!r}: expected one or the other")
+        if name not in but:
+            raise ValueError(f"plan={plan!r} with {name}={value!r}: expected one or the other")
 
 
 def plan_scheduler(

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 
 from pyrdiff.parts.checks import Generators, check_generator, check_output_type
+from pyrdiff.parts.labels import Classes, label_numbers
 from pyrdiff.parts.saving import StandaloneSaving
 from pyrdiff.parts.wrappers import network_takes, plain
 
@@ -101,10 +102,22 @@ class SamplingPipeline(StandaloneSaving):
         """Sides of a network's sample are multiples of this."""
         return 2 ** (len(getattr(plain(self.unet).config, "block_out_channels", (1,))) - 1)
 
-    def _predict(self, sample: torch.Tensor, time: torch.Tensor, coordinates: torch.Tensor) -> torch.Tensor:
-        """The network's output [B, C, H, W], float32; it is told where the pixels lie if it wants to know."""
-        where = {"coordinates": coordinates} if network_takes(self.unet, "coordinates") else {}
-        return self.unet(sample.to(plain(self.unet).dtype), time, **where, return_dict=False)[0].float()
+    def _predict(
+        self, sample: torch.Tensor, time: torch.Tensor, coordinates: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """
+        The network's output [B, C, H, W], float32; it is told where the pixels lie if it wants to know, and the labels
+        [B] of the images' classes if there are any.
+        """
+        told = {"coordinates": coordinates} if network_takes(self.unet, "coordinates") else {}
+        if labels is not None:
+            told["class_labels"] = labels
+        return self.unet(sample.to(plain(self.unet).dtype), time, **told, return_dict=False)[0].float()
+
+    def _labels(self, classes: Classes, count: int) -> torch.Tensor | None:
+        """What the network is told of the images' classes, int64 [count]; `None` if it knows none."""
+        labels = label_numbers(classes, count, plain(self.unet).config)
+        return None if labels is None else torch.tensor(labels, device=self._execution_device)
 
     def _to_output(self, latents: torch.Tensor, size: tuple[int, int], output_type: str) -> Images:
         """Latents [B, C, H, W] in [-1, 1] at a size and in the form that was asked for."""

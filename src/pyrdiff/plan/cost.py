@@ -29,6 +29,7 @@ class Stage(Protocol):
     size: tuple[int, int]
     network_size: tuple[int, int]
     steps: LevelSteps
+    calls: int  # of the network: two a step with guidance
 
 
 class Step(NamedTuple):
@@ -81,7 +82,7 @@ class StepCosts:
             if size not in self.seconds.get(name, {}):
                 timed = ", ".join(f"{name} at {', '.join(sizes)}" for name, sizes in self.seconds.items())
                 raise ValueError(f"plan has a level of {size} with {name}: expected what was timed: {timed}")
-            total += self.overhead[name][size] + len(stage.steps) * self.seconds[name][size]
+            total += self.overhead[name][size] + stage.calls * self.seconds[name][size]
         return total
 
     def check(self, pipeline: DiffusionPipeline, batch_size: int) -> None:

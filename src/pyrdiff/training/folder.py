@@ -164,7 +164,8 @@ class RunFolder:
                 if key == "images":
                     said = f"is of other images: {its_value} then, {value} now"
                 elif key == "data":
-                    said = "is of other images, or of the same at other sizes: as many then as now, with other pixels"
+                    said = "is of other images, or of the same at other sizes"
+                    said += ": as many then as now, with other pixels or classes"
                 raise ValueError(f"{path} {said}; expected the same, or another output_dir")
         return saved
 

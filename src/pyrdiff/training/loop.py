@@ -16,7 +16,7 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from pyrdiff import hub
-from pyrdiff.data import ImageLevels, MultiScaleBatches, open_source
+from pyrdiff.data import ImageLevels, ImageSource, MultiScaleBatches, open_source
 from pyrdiff.data.seeds import seed_of
 from pyrdiff.data.sources import FolderImages
 from pyrdiff.parts.files import sweep
@@ -62,12 +62,13 @@ class Surroundings(NamedTuple):
 class DeviceBatch:
     """
     What a loss sees: `images` [B, C, H, W] in [-1, 1]; `boxes` [B, 4] of patches in the whole image, or None; `level`,
-    0 the lowest resolution.
+    0 the lowest resolution; `labels` int64 [B], the classes of the images, or None.
     """
 
     images: torch.Tensor
     boxes: torch.Tensor | None
     level: int = 0
+    labels: torch.Tensor | None = None
 
 
 def train(method: Method, settings: TrainingSettings, clock: Callable[[], float] = time.monotonic) -> Path:
@@ -114,14 +115,15 @@ def prepare(method: Method, settings: TrainingSettings, clock: Callable[[], floa
     if settings.push_to_hub and accelerator.is_main_process:
         name = settings.hub_model_id or folders[-1].resolve().name
         repo_id = hub.reserve(name, private=settings.hub_private_repo or None)
-    networks = [_network(stage) for stage in stages]  # all of them, so that bad settings are met before any work
+    source = _source(settings, accelerator)
+    networks = [_network(stage, source) for stage in stages]  # all, so that bad settings are met before any work
     with ExitStack() as held:  # until the run has them
         locks = {}
         for folder in folders if accelerator.is_main_process else ():
             locks[folder] = FolderLock(folder)
             held.callback(locks[folder].release)
             sweep(folder)
-        surroundings = Surroundings(accelerator, _batches(settings, accelerator), watch, repo_id, locks)
+        surroundings = Surroundings(accelerator, _batches(settings, source, accelerator), watch, repo_id, locks)
         stage, given = stages[-1], None
         if len(stages) > 1:
             first = Run(stages[0], networks.pop(0), surroundings)
@@ -148,26 +150,32 @@ def _stages(method: Method, settings: TrainingSettings) -> list[Stage]:
     return [*before, Stage(method, settings, folder, start)]
 
 
-def _network(stage: Stage) -> torch.nn.Module:
+def _network(stage: Stage, source: ImageSource) -> torch.nn.Module:
     torch.manual_seed(stage.settings.seed)
     method, settings, start = stage.method, stage.settings, stage.start
+    named = {"class_names": source.labels.names} if settings.class_labels else {}
     if start is None:
-        return method.model(settings, settings.image_channels)
-    network = start.network(method, settings)
+        return method.model(settings, settings.image_channels, **named)
+    network = start.network(method, settings, **named)
     start.copy_into(network)
     return network
 
 
-def _batches(settings: TrainingSettings, accelerator: Accelerator) -> MultiScaleBatches:
-    """The data: read by the main process first, which fills the cache for the others."""
+def _source(settings: TrainingSettings, accelerator: Accelerator) -> ImageSource:
     with accelerator.main_process_first():
-        source = open_source(
+        return open_source(
             settings.train_data_dir or settings.dataset_name,
             dataset_config=settings.dataset_config_name,
             image_column=settings.image_column,
             array_key=settings.array_key,
             leave_out_runs=True,
+            class_labels=settings.class_labels,
         )
+
+
+def _batches(settings: TrainingSettings, source: ImageSource, accelerator: Accelerator) -> MultiScaleBatches:
+    """The data: read by the main process first, which fills the cache for the others."""
+    with accelerator.main_process_first():
         if isinstance(source, FolderImages):
             accelerator.print(source.listing, flush=True)
         images = ImageLevels.build(
@@ -349,7 +357,8 @@ class Run:
 
         images = moved(batch.images).to(torch.float32, memory_format=self.learner.memory_format)
         boxes = None if batch.boxes is None else moved(batch.boxes)
-        return DeviceBatch(images.div_(127.5).sub_(1), boxes, batch.level)
+        labels = None if batch.labels is None else moved(batch.labels)
+        return DeviceBatch(images.div_(127.5).sub_(1), boxes, batch.level, labels)
 
     def _stop_request(self) -> int:
         """The number of a signal that came, TIME_IS_UP, or 0."""

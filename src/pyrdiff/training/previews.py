@@ -30,12 +30,15 @@ def save_grid(rows: list[list[Image.Image]], path: Path) -> None:
         image_grid(rows).save(beside, "PNG")
 
 
-def save_samples(settings, pipeline, images, path: Path) -> dict[str, float]:
-    """`Method.preview` of what generates: samples with a fixed seed, a row for each level if there are several."""
+def save_samples(settings, pipeline, images, path: Path, **arguments) -> dict[str, float]:
+    """
+    `Method.preview` of what generates: samples with a fixed seed, a row for each level if there are several. Further
+    arguments are those of the call.
+    """
     pipeline.set_progress_bar_config(disable=True)
     count = settings.eval_batch_size
     generators = [torch.Generator().manual_seed(settings.seed + index) for index in range(count)]
-    output = pipeline(batch_size=count, generator=generators, return_levels=True)
+    output = pipeline(batch_size=count, generator=generators, return_levels=True, **arguments)
     pipeline.set_progress_bar_config(disable=False)
     save_grid(output.levels, path)
     return {}

@@ -29,6 +29,7 @@ def parse_size(text: str) -> tuple[int, int] | None:
 class TrainingSettings:
     """Flags of every training script."""
 
+    class_labels: ClassVar[bool] = False  # whether the images' classes are trained on
     allow_enlarging: ClassVar[bool] = True  # whether images smaller than the resolution may be trained on
     level_share: ClassVar[tuple[int, ...] | None] = None  # as `MultiScaleBatches` takes it
 

@@ -15,6 +15,7 @@ from . import checkpoints
 from .settings import TrainingSettings
 
 INPUT = "conv_in.weight"  # a network may have more channels there than the one that it begins with
+CLASSES = "class_embedding.weight"  # a network may have it where the one that it begins with knows no classes
 OF_THE_DATA = ("sample_size", "resolutions", "scale_factors", "noise_window")  # settings that fit any weights
 
 
@@ -37,9 +38,13 @@ class Start:
     tensors: dict[str, torch.Tensor]
     scheduler: dict | None
 
-    def network(self, method: Method, settings: TrainingSettings) -> torch.nn.Module:
+    def network(self, method: Method, settings: TrainingSettings, **class_names: tuple[str, ...]) -> torch.nn.Module:
         """
         The network of a run that begins with this one, its weights random yet.
+
+        Args:
+            method, settings: Of the run.
+            class_names: The argument of `Method.model`, if the images have classes.
 
         Raises:
             ValueError: if the run's network is built otherwise.
@@ -47,10 +52,10 @@ class Start:
         channels = settings.image_channels
         if method.adopt is not None:
             try:
-                return method.adopt(settings, channels, self.class_name, self.config)
+                return method.adopt(settings, channels, self.class_name, self.config, **class_names)
             except ValueError as error:
                 raise ValueError(f"init_from={self.place!r}: {error}") from error
-        network = method.model(settings, channels)
+        network = method.model(settings, channels, **class_names)
         own = type(network).__name__
         if self.class_name not in (None, own):
             raise ValueError(
@@ -66,19 +71,22 @@ class Start:
 
     def copy_into(self, network: torch.nn.Module) -> None:
         """
-        Gives the network these weights. Input channels that only the network has get zeros, so that it does as before.
+        Gives the network these weights. Input channels and classes that only the network has get zeros, so that it does
+        as before.
 
         Raises:
             ValueError: for weights that do not fit.
         """
-        wanted = network.state_dict()
-        for text, keys in (("lacks", set(wanted) - set(self.tensors)), ("has", set(self.tensors) - set(wanted))):
+        wanted, there = network.state_dict(), dict(self.tensors)
+        if CLASSES in wanted and not self.config.get("num_class_embeds"):
+            there.setdefault(CLASSES, torch.zeros_like(wanted[CLASSES]))
+        for text, keys in (("lacks", set(wanted) - set(there)), ("has", set(there) - set(wanted))):
             if keys:
                 other = "which this run's network has" if text == "lacks" else "which this run's network does not have"
                 raise ValueError(f"init_from={self.place!r}: it {text} {min(keys)}, {other}")
         fitted = {}
         for key, value in wanted.items():
-            given = self.tensors[key].to(value.dtype)
+            given = there[key].to(value.dtype)
             if key == INPUT and given.shape[1] < value.shape[1]:
                 more = torch.zeros(given.shape[0], value.shape[1] - given.shape[1], *given.shape[2:])
                 given = torch.cat((given, more), 1)

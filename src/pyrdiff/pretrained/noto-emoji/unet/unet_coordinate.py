@@ -232,6 +232,8 @@ class CoordinateUNet2DModel(KeepsSource, Presets, UNet2DModel):
         in_channels: `image_channels` or None. In the config it is `image_channels`, so that pipelines of diffusers draw
             noise of the right shape.
         out_channels: By default `image_channels`.
+        class_names: Of the classes that `class_labels` stand for, by their place. One label more than there are classes
+            stands for none of them, and is what the network is told where it is not told a class.
 
     All other arguments are those of `UNet2DModel`. Height and width of a sample must be multiples of
     2 ** (len(block_out_channels) - 1).
@@ -278,6 +280,7 @@ class CoordinateUNet2DModel(KeepsSource, Presets, UNet2DModel):
         num_class_embeds: int | None = None,
         num_train_timesteps: int | None = None,
         noise_window: float = 1.0,
+        class_names: tuple[str, ...] | None = None,
     ):
         if image_channels < 1:
             raise ValueError(f"image_channels={image_channels}: expected 1 or more")
@@ -289,6 +292,7 @@ class CoordinateUNet2DModel(KeepsSource, Presets, UNet2DModel):
             raise ValueError(f"noise_window={noise_window}: expected a number in (0, 1]")
         if center_input_sample:
             raise ValueError("center_input_sample=True: expected False; samples are already in [-1, 1]")
+        num_class_embeds = self._labels(class_names, num_class_embeds, class_embed_type)
         out_channels = image_channels if out_channels is None else out_channels
         if resolutions is not None:
             resolutions = [tuple(size) if isinstance(size, (list, tuple)) else int(size) for size in resolutions]
@@ -299,6 +303,7 @@ class CoordinateUNet2DModel(KeepsSource, Presets, UNet2DModel):
                 sample_size=sample_size,
                 in_channels=image_channels + (4 * num_frequencies if use_coordinates else 0),
                 out_channels=out_channels,
+                num_class_embeds=num_class_embeds,
             )
         )
         # The parent registered its own view of these, 27 input channels. Users and stock pipelines mean the image's.
@@ -307,6 +312,21 @@ class CoordinateUNet2DModel(KeepsSource, Presets, UNet2DModel):
         )
         self._encodings: dict[tuple, torch.Tensor] = {}  # of whole images, by size, device and type
         self._last_window: tuple | None = None  # the last coordinates that were given, and their encoding
+
+    @staticmethod
+    def _labels(names: tuple[str, ...] | None, given: int | None, kind: str | None) -> int | None:
+        """How many labels there are."""
+        if names is None:
+            return given
+        good = isinstance(names, (list, tuple)) and all(isinstance(n, str) and n and n.isprintable() for n in names)
+        if not good or not names or len(set(names)) < len(names):
+            raise ValueError(f"class_names={names!r}: expected different names")
+        if kind is not None or given not in (None, len(names) + 1):
+            raise ValueError(
+                f"num_class_embeds={given}, class_embed_type={kind!r}: expected {len(names) + 1} and None beside "
+                f"{len(names)} class_names"
+            )
+        return len(names) + 1
 
     @staticmethod
     def coordinate_grid(
@@ -410,7 +430,8 @@ class CoordinateUNet2DModel(KeepsSource, Presets, UNet2DModel):
             sample: [B, C, H, W], the noisy image; images are in [-1, 1].
             timestep: A number or [B], 0 to num_train_timesteps - 1.
             coordinates: [B, 2, H, W] in [0, 1], see `coordinate_grid`; by default `sample` is the whole image.
-            class_labels: [B], if the network has a class embedding.
+            class_labels: int64 [B], if the network has a class embedding: places in `class_names`, or their number
+                for no class.
             return_dict: False for a tuple instead of a `UNet2DOutput`.
 
         Returns:

@@ -1,0 +1,93 @@
+"""The classes of a call: as its user names them, as numbers for the network, and guidance by them."""
+
+from collections.abc import Mapping, Sequence
+
+from pyrdiff.parts.checks import check_count, is_number
+from pyrdiff.parts.settings import is_whole
+
+Classes = str | int | None | Sequence[str | int | None]
+NAMED_CLASSES = 12  # in a message
+
+
+def count_images(batch_size: int | None, classes: Classes) -> int:
+    """How many images a call makes: `batch_size`, or one for each of several classes, or one."""
+    if batch_size is None:
+        batch_size = len(classes) if isinstance(classes, (list, tuple)) and classes else 1
+    check_count("batch_size", batch_size)
+    return batch_size
+
+
+def label_numbers(classes: Classes, count: int, config: Mapping) -> list[int] | None:
+    """
+    What the network is told of each image's class.
+
+    Args:
+        classes: Names or numbers: one for all images, or a list with one for each. `None` stands for no class.
+        count: Number of images.
+        config: Of the network. If it has `class_names`, its last label stands for no class.
+
+    Returns:
+        A label for each image, or `None` for a network without classes.
+
+    Raises:
+        ValueError: for a class that the network does not know, or for as many as there are no images.
+    """
+    wanted = list(classes) if isinstance(classes, (list, tuple)) else [classes]
+    if len(wanted) not in (1, count):
+        raise ValueError(f"classes={classes!r}: expected one, or one for each of {count} images")
+    if not config.get("num_class_embeds"):
+        if any(value is not None for value in wanted):
+            raise ValueError(f"classes={classes!r}: expected None, since this network knows no classes")
+        return None
+    labels = [_label_number(value, config) for value in wanted]
+    return labels * count if len(labels) == 1 else labels
+
+
+def _label_number(value: str | int | None, config: Mapping) -> int:
+    """A class by its name or number. Where the names are numbers, a number is a name."""
+    named, total = config.get("class_names"), config["num_class_embeds"]
+    names = [str(number) for number in range(total)] if named is None else list(named)
+    if value is None and named is not None:
+        return len(names)
+    if isinstance(value, str) and value in names:
+        return names.index(value)
+    if is_whole(value) and str(value) in names:
+        return names.index(str(value))
+    only_numbers = all(name.removeprefix("-").isdecimal() for name in names)
+    place = int(value) if is_whole(value) or (isinstance(value, str) and value.isdecimal()) else -1
+    if not only_numbers and 0 <= place < len(names):
+        return place
+    known = names if len(names) <= NAMED_CLASSES else [*names[:NAMED_CLASSES], f"{len(names) - NAMED_CLASSES} others"]
+    more = "" if only_numbers else f", or a number from 0 to {len(names) - 1}"
+    none = " for each image" if value is None else ""
+    raise ValueError(f"classes={value!r}: expected one of {', '.join(known)}{more}{none}")
+
+
+def check_guidance(scale: float, interval: Sequence[float] | None, config: Mapping) -> None:
+    """
+    Checks the arguments `guidance_scale` and `guidance_interval`.
+
+    Args:
+        scale, interval: The arguments.
+        config: Of the network.
+
+    Raises:
+        ValueError: for numbers out of range, or a network that cannot be guided by its classes.
+    """
+    if not is_number(scale) or scale < 0:
+        raise ValueError(f"guidance_scale={scale!r}: expected a number from 0 up")
+    if interval is not None:
+        good = isinstance(interval, (list, tuple)) and len(interval) == 2 and all(map(is_number, interval))
+        if not good or not 0 <= interval[0] < interval[1] <= 1:
+            raise ValueError(f"guidance_interval={interval!r}: expected (low, high) within [0, 1]")
+    if scale != 1 and config.get("class_names") is None:
+        lacks = "has no label for images of no class" if config.get("num_class_embeds") else "knows no classes"
+        raise ValueError(f"guidance_scale={scale}: expected 1.0, since this network {lacks}")
+
+
+def guidance_scales(
+    scale: float, interval: Sequence[float] | None, times: Sequence[float], train_steps: int
+) -> list[float]:
+    """The scale at each time: 1, which is none, where the share of the noise process is outside the interval."""
+    low, high = (0.0, 1.0) if interval is None else interval
+    return [float(scale) if low <= time / train_steps <= high else 1.0 for time in times]
