@@ -128,9 +128,8 @@ def _check_classes(config: dict, class_names: tuple[str, ...] | None) -> None:
     if class_names is None:
         raise ValueError("a network that takes class labels; expected one without, or class_labels=True")
     its_names = config.get("class_names")
-    if its_names is None or list(its_names) != list(class_names):
-        there = "without names" if its_names is None else ", ".join(its_names)
-        raise ValueError(f"a network with classes {there}; expected those of the images, {', '.join(class_names)}")
+    if its_names not in (class_names, list(class_names)):
+        raise ValueError(f"a network with class_names={its_names}; expected those of the images, {list(class_names)}")
 
 
 def _of_the_data(settings: PyramidalSettings) -> dict:
