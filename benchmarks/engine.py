@@ -25,7 +25,6 @@ SDE = ["DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", **CL
 ODE = ["DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", **CLIP}]
 UNIPC = ["UniPCMultistepScheduler", CLIP]
 DDIM = ["DDIMScheduler", {"clip_sample": True}]
-LEVELS = ("16", "32", "64")
 BATCH = 50  # samples at a time
 
 STEPS = {
@@ -35,11 +34,16 @@ STEPS = {
     "20 + 200 60": [200, 60],
 }  # times of each higher level
 
+# The network and the levels, by the top size.
+SIZES = {
+    64: {"preset": "mini", "train_batch_size": 64, "resolution": ("16", "32", "64")},
+    32: {"preset": "tiny", "train_batch_size": 128, "resolution": ("8", "16", "32")},
+}
 # What each arm trains on, beside the flags that all share.
 ARMS = {
-    "full": {"resolution": LEVELS[-1:]},
-    "paper": {"resolution": LEVELS, "noise_window": 1.0, "level_share": (1, 1, 1)},
-    "new": {"resolution": LEVELS},
+    "full": {},  # its last resolution only
+    "paper": {"noise_window": 1.0, "level_share": (1, 1, 1)},
+    "new": {},
 }
 TITLES = {
     "full": "full size only",
@@ -47,9 +51,7 @@ TITLES = {
     "new": "noise window .35, levels 1:2:6",
 }
 SHARED = {
-    "preset": "mini",
     "random_flip": True,
-    "train_batch_size": 64,
     "learning_rate": 6e-4,
     "checkpointing_steps": 200,
     "save_images_steps": 0,
@@ -63,7 +65,7 @@ def plans(arm: str, pipeline) -> dict[str, dict]:
     from pyrdiff.methods import pddpm
 
     top = pipeline.unet.config.resolutions[-1]
-    signal = pipeline.scheduler.alphas_cumprod.tolist()
+    signal, count = pipeline.scheduler.alphas_cumprod.tolist(), len(pipeline.unet.config.resolutions)
     full = {
         f"full size, {name}": {"resolutions": [top], "num_inference_steps": calls, "scheduler": scheduler}
         for name, calls, scheduler in (
@@ -86,14 +88,24 @@ def plans(arm: str, pipeline) -> dict[str, dict]:
     }
     low = pipeline.unet.config.resolutions[0]
     start = pddpm.start_strength(signal, (low, low))
-    balanced = pddpm.plans(len(signal), len(LEVELS), start)["balanced"]
+    balanced = pddpm.plans(len(signal), count, start)["balanced"]
     from_colors = {
-        f"{name}, from colours": {**balanced, "spacing": [balanced["spacing"][0], *[times] * (len(LEVELS) - 1)]}
+        f"{name}, from colours": {**balanced, "spacing": [balanced["spacing"][0], *[times] * (count - 1)]}
         for name, times in STEPS.items()
     }
     if arm == "paper":
         return {**from_noise, **from_colors, "full size, SDE-DPM-Solver++ 20": sde}
     return {**from_colors, **from_noise}
+
+
+def flags_of(arm: str, size: int) -> dict:
+    """The flags of a training; that at the full size alone sees as many pixels a step as the others."""
+    flags = {**SHARED, **SIZES[size], **ARMS[arm]}
+    if arm == "full":
+        low, top = int(flags["resolution"][0]), int(flags["resolution"][-1])
+        batch = max(1, flags["train_batch_size"] * low**2 // top**2)
+        flags |= {"resolution": flags["resolution"][-1:], "train_batch_size": batch}
+    return flags
 
 
 def train(options) -> None:
@@ -109,9 +121,7 @@ def train(options) -> None:
     if (folder / "pipeline").is_dir():
         print(f"{folder}: is trained", flush=True)
         return
-    flags = {**SHARED, **ARMS[options.arm]}
-    if options.arm == "full":  # as many pixels a step as the others
-        flags["train_batch_size"] = max(1, SHARED["train_batch_size"] * int(LEVELS[0]) ** 2 // int(LEVELS[-1]) ** 2)
+    flags = flags_of(options.arm, options.size)
     settings = PyramidalSettings(
         train_data_dir=options.train_data_dir,
         output_dir=str(folder),
@@ -155,7 +165,7 @@ def score(options) -> dict:
     import pyrdiff
 
     torch.set_num_threads(options.threads)
-    output, size, seeds = Path(options.output), (int(LEVELS[-1]),) * 2, options.seeds
+    output, size, seeds = Path(options.output), (options.size,) * 2, options.seeds
     scorer = scoring.Scorer(
         options.train_data_dir, None, size, 3, options.features, options.weights, torch.device("cpu"), 0, 3000, 0, 200
     )
@@ -165,7 +175,7 @@ def score(options) -> dict:
     result = {
         "bench": "engine",
         "minutes": options.minutes,
-        "shared": SHARED,
+        "shared": {**SHARED, **SIZES[options.size]},
         "precision": "bfloat16" if options.bf16 else "float32",
         **scorer.description,
         "real": {**scorer(held_out), "color_spread": color_spread(held_out)},
@@ -230,9 +240,10 @@ def table(result: dict) -> str:
     groups = {}
     for row in result["rows"]:
         groups.setdefault((row["arm"], row["plan"]), []).append(row)
-    for (arm, plan), rows in sorted(groups.items(), key=lambda item: list(ARMS).index(item[0][0])):
+    order = [*ARMS, *(row["arm"] for row in result["rows"])]
+    for (arm, plan), rows in sorted(groups.items(), key=lambda item: order.index(item[0][0])):
         steps = "/".join(str(row["steps"]) for row in rows)
-        lines.append(line(f"{TITLES[arm]} ({steps} steps)", plan, f"{rows[0]['nfe_eq']:.1f}", rows))
+        lines.append(line(f"{TITLES.get(arm, arm)} ({steps} steps)", plan, f"{rows[0]['nfe_eq']:.1f}", rows))
     lines.append(line("held-out images", "-", "-", [data]))
     return "\n".join(lines)
 
@@ -244,6 +255,7 @@ def main() -> None:
     for command in (training, scored):
         command.add_argument("--train_data_dir", required=True)
         command.add_argument("--output", required=True, help="folder of the trainings and samples")
+        command.add_argument("--size", type=int, default=64, choices=SIZES, help="of the top level")
         command.add_argument("--minutes", type=float, default=30.0, help="of processor time, a training")
     training.add_argument("--arm", required=True, choices=ARMS)
     training.add_argument("--seed", type=int, default=0)

@@ -15,15 +15,10 @@ import pyrdiff
 @pytest.fixture
 def run(tmp_path, monkeypatch, squeezenet_file):  # noqa: F811
     """Runs the bench with flags, on images of 24x24 and networks of few channels."""
-    levels = ("8", "12", "24")
-    monkeypatch.setattr(engine, "LEVELS", levels)
     monkeypatch.setattr(engine, "BATCH", 2)
     monkeypatch.setattr(engine, "STEPS", {"20 + 200 60": [200, 60]})
-    arms = {name: {**flags, "resolution": levels} for name, flags in engine.ARMS.items()}
-    arms["full"]["resolution"] = levels[-1:]
-    monkeypatch.setattr(engine, "ARMS", arms)
-    small = {"preset": "tiny", "block_out_channels": (8, 16, 32), "train_batch_size": 4}
-    monkeypatch.setattr(engine, "SHARED", {**engine.SHARED, **small})
+    small = {"preset": "tiny", "block_out_channels": (8, 16, 32), "train_batch_size": 9}
+    monkeypatch.setattr(engine, "SIZES", {24: {**small, "resolution": ("8", "12", "24")}})
     pixels = np.random.default_rng(0).integers(0, 256, (12, 24, 24, 3), dtype=np.uint8)
     for name, part in (("train", pixels[:8]), ("test", pixels[8:])):
         (tmp_path / name).mkdir()
@@ -31,7 +26,7 @@ def run(tmp_path, monkeypatch, squeezenet_file):  # noqa: F811
             Image.fromarray(image).save(tmp_path / name / f"{index}.png")
 
     def call(command: str, *flags):
-        given = ["--train_data_dir", tmp_path / "train", "--output", tmp_path / "out", "--minutes", 0.12]
+        given = ["--train_data_dir", tmp_path / "train", "--output", tmp_path / "out", "--minutes", 0.12, "--size", 24]
         if command == "score":
             given += ["--held_out", tmp_path / "test", "--weights", squeezenet_file, "--count", 4]
             given += ["--result", tmp_path / "engine.json"]

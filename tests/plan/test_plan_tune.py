@@ -165,3 +165,12 @@ def test_auto_takes_what_cannot_be_told_from_the_best_within_the_budget(pipeline
 def test_bad_input(search, changes, named):
     with pytest.raises(ValueError, match=named):
         search(**changes)
+
+
+def test_the_plans_of_the_pipeline_are_among_the_candidates(pipeline):
+    own = {"mine": ROUGH, "endless": {"num_inference_steps": 900, "refine_steps": 200}}
+    given = PyramidalPipeline(pipeline.unet, pipeline.scheduler, plans=own)
+    plans = candidates(given)
+    assert ROUGH in plans and own["endless"] not in plans and len(plans) == len(candidates(pipeline)) + 1
+    costs = [given.plan(plan=plan).nfe_eq for plan in plans]
+    assert costs == sorted(costs)

@@ -91,8 +91,8 @@ def test_the_exported_pipeline_starts_in_the_colours_of_the_images(paper):
     colors = pixels.mean((1, 2)) / 127.5 - 1
     assert np.allclose(pipeline.config.colors["mean"], colors.mean(0), atol=5e-3)
     assert np.allclose(pipeline.config.colors["covariance"], np.cov(colors.T), atol=1e-3)
-    assert pipeline.config.plans["balanced"]["start_strength"] == 0.41
-    assert pipeline.plan(plan="balanced").levels[0].timesteps[0] == 410
+    assert pipeline.config.plans["balanced"]["start_strength"] == 0.55
+    assert pipeline.plan(plan="balanced").levels[0].timesteps[0] == 550
     pipeline(1, plan="fast")
 
 

@@ -9,7 +9,8 @@ from pyrdiff.plugins import Method
 from pyrdiff.training.settings import TrainingSettings
 
 WINDOW = 0.35  # of the noise process: what is trained above the lowest resolution
-FAINT = 11.7  # alpha_bar times pixels, at 0.55 of the linear noise process at 16x16
+START = 0.55  # of the noise process, the start in the data's colours at 16x16
+FAINT = 11.7  # alpha_bar times pixels, at START of the linear noise process at 16x16
 MARGIN = 0.02  # of the noise process: so far beyond the noise window is trained, too
 
 
@@ -254,7 +255,8 @@ def tune(settings: PyramidalSettings, pipeline, folder) -> None:
 def start_strength(alphas_cumprod: list[float], size: tuple[int, int]) -> float:
     """
     The share of the noise process from which plain colours are as good a start as the images themselves: there, of an
-    image's details no more is left than at 0.55 of 16x16, which was measured (benchmarks/README.md).
+    image's details no more is left than at 0.55 of 16x16, which was measured (benchmarks/README.md); and no less than
+    that, since small images keep their shapes for longer (at 8x8, 0.42 was worse).
 
     Args:
         alphas_cumprod: Of the noise process, [training steps].
@@ -262,7 +264,7 @@ def start_strength(alphas_cumprod: list[float], size: tuple[int, int]) -> float:
     """
     area = size[0] * size[1]  # the noise in a mean over the image falls as this grows, the image's part of it does not
     faint = next((time for time, alpha in enumerate(alphas_cumprod) if alpha * area < FAINT), len(alphas_cumprod))
-    return max(0.1, round(faint / len(alphas_cumprod), 2))
+    return max(START, round(faint / len(alphas_cumprod), 2))
 
 
 def plans(train_steps: int = 1000, levels: int = 3, start: float = 1.0, noise_window: float = 1.0) -> dict[str, dict]:

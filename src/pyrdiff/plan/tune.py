@@ -114,11 +114,23 @@ class Tuning:
 
 def candidates(pipeline) -> list[dict]:
     """
-    The plans among which `tune` looks, cheapest first.
+    The plans among which `tune` looks, cheapest first: some around what was measured to be good, and those of the
+    pipeline that are no longer than these.
 
     Args:
         pipeline: A `PyramidalPipeline`.
     """
+    found = _further(pipeline)
+    costs = {id(plan): pipeline.plan(plan=plan).nfe_eq for plan in found}
+    for plan in (pipeline.config.plans or {}).values():
+        cost = pipeline.plan(plan=plan).nfe_eq
+        if cost <= max(costs.values()) and plan not in found:
+            found.append(plan)
+            costs[id(plan)] = cost
+    return sorted(found, key=lambda plan: costs[id(plan)])
+
+
+def _further(pipeline) -> list[dict]:
     config = pipeline.unet.config
     count = len(config.get("resolutions") or [None])
     steps = pipeline.scheduler.config.num_train_timesteps
@@ -146,7 +158,7 @@ def candidates(pipeline) -> list[dict]:
             higher = [*([placed(times[middle])] * (count - 2)), placed(times[top])]
             plan = {"spacing": [low(calls, begin), *higher], "start_strength": begin, "scheduler": SDE}
             found.append(plan if solver is SDE else {**plan, "refine_scheduler": solver})
-    return sorted(found, key=lambda plan: pipeline.plan(plan=plan).nfe_eq)
+    return found
 
 
 def _start(pipeline) -> float:
