@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -102,7 +103,11 @@ def test_names_by_interval():
     assert [named[name].nfe_eq for name in ("fast", "balanced", "best")] == [4, 6, 12]
     assert choose_three(finalists, judged(20, 1.5))["fast"].nfe_eq == 6
     assert "fast" not in choose_three(finalists, judged(20, 0.5)), "none is as good as the full-size solver"
-    assert choose_three(finalists, None)["fast"].nfe_eq == 6, "within half as much again as the best, or its interval"
+    assert choose_three(finalists, None)["fast"].nfe_eq == 6, "within half as much again as the best, or as balanced"
+    spread = [judged(5, 4), judged(8, 1)]  # the first cannot be told from the second
+    assert choose_three([replace(spread[0], interval=(0.5, 9)), spread[1]], None)["fast"].nfe_eq == 5
+    named = choose_three([replace(spread[0], interval=(0.5, 9)), spread[1]], judged(20, 1))
+    assert list(named) == ["balanced", "best"], "what is as good as the full size costs more than balanced"
 
 
 @pytest.mark.parametrize(("resolutions", "levels"), [((4, 8, 16), 3), ((8, 16), 2), ((16,), 1)])
@@ -123,6 +128,7 @@ def test_plans_go_into_the_folder_with_their_figures(search, tmp_path):
     plans = json.loads((tmp_path / "model_index.json").read_text())["plans"]
     figures = json.loads((tmp_path / "tuning.json").read_text())
     assert plans["paper"] == {} and plans["best"] == tuned.plans["best"].plan
+    assert plans.get("fast") != {"refine_steps": 3}, "that was fast before"
     assert figures["plans"]["best"]["distance"] == tuned.plans["best"].distance
     assert figures["held_out"] == 256 and figures["kind"] == "pyrdiff tuning"
     with pytest.raises(ValueError, match="folder=.*nothing"):

@@ -31,6 +31,7 @@ STRONGEST = 0.35  # of the noise process: no refined level starts from more
 CALLS = ((2, 2), (3, 2), (3, 3), (4, 2), (4, 3), (4, 4), (5, 4), (5, 5), (8, 5), (8, 8))  # middle levels, top
 GROUPS = 4  # of candidates of about one cost; the best of each reach the last round
 ROUNDS = ((0.3, 0.5), (0.3, 0.5))  # share of the time, and of the candidates that go on; the last round takes the rest
+NAMES = ("fast", "balanced", "best")  # of what a search finds
 FIGURES = "tuning.json"  # of a search, in a model's folder
 LEAST = 32  # samples a round, and images held out
 MOST = 4096  # samples a round: more would tell no more plans apart
@@ -82,8 +83,8 @@ class Tuning:
 
     def save(self, folder: str | Path) -> None:
         """
-        Writes the plans into an exported folder, where they replace those of the same names, and their figures beside,
-        as tuning.json.
+        Writes the plans into an exported folder, and their figures beside, as tuning.json. A "fast", "balanced" or
+        "best" plan that was there before is gone then, also if the search found none to be called so.
 
         Raises:
             ValueError: if the folder is not that of a saved pipeline.
@@ -95,7 +96,8 @@ class Tuning:
                 raise ValueError(f"{path}: expected a JSON object, found {type(index).__name__}")
         except ValueError as error:
             raise ValueError(f"folder={str(folder)!r}: expected a saved pipeline ({error})") from error
-        index["plans"] = {**(index.get("plans") or {}), **{name: found.plan for name, found in self.plans.items()}}
+        others = {name: plan for name, plan in (index.get("plans") or {}).items() if name not in NAMES}
+        index["plans"] = {**others, **{name: found.plan for name, found in self.plans.items()}}
         for place, values in (
             (path.with_name(FIGURES), {"kind": "pyrdiff tuning", **asdict(self)}),
             (path, index),
@@ -260,15 +262,19 @@ def held_out_images(pipeline, source: ImageSource) -> torch.Tensor:
 
 def choose_three(finalists: list[Judged], yardstick: Judged | None) -> dict[str, Judged]:
     """
-    The plans that get names; see `tune`. No plan is called fast that is worse than the full-size solver can be: where
-    none is as good, "fast" is left out.
+    The plans that get names; see `tune`. No plan is called fast that is worse than the full-size solver can be, or that
+    costs more than the balanced one: where none is left, "fast" is left out.
     """
     best = min(finalists, key=lambda found: found.distance)
-    alike = [found for found in finalists if found.interval[0] <= best.distance]
-    limit = max(best.interval[1], 1.5 * best.distance) if yardstick is None else yardstick.interval[1]
-    quick = [found for found in finalists if found.distance <= limit]
-    named = {"fast": quick, "balanced": alike, "best": [best]}
-    return {name: min(group, key=lambda found: found.nfe_eq) for name, group in named.items() if group}
+    balanced = cheapest([found for found in finalists if found.interval[0] <= best.distance])
+    limit = max(1.5 * best.distance, balanced.distance) if yardstick is None else yardstick.interval[1]
+    fast = cheapest([found for found in finalists if found.distance <= limit])
+    named = {"balanced": balanced, "best": best}
+    return named if fast is None or fast.nfe_eq > balanced.nfe_eq else {"fast": fast, **named}
+
+
+def cheapest(plans: list[Judged]) -> Judged | None:
+    return min(plans, key=lambda found: found.nfe_eq, default=None)
 
 
 def auto_plan(pipeline, budget_ms: float, batch_size: int = 1, folder: str | Path | None = None) -> str:
