@@ -1,4 +1,4 @@
-"""Training of any method, top to bottom: networks, data, the loop, checkpoints, export."""
+"""Training of any method, top to bottom: what it begins with, the loop, checkpoints, export."""
 
 import inspect
 import json
@@ -16,9 +16,8 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from pyrdiff import hub
-from pyrdiff.data import ImageLevels, ImageSource, MultiScaleBatches, open_source
+from pyrdiff.data import MultiScaleBatches
 from pyrdiff.data.seeds import seed_of
-from pyrdiff.data.sources import FolderImages
 from pyrdiff.parts.files import sweep
 from pyrdiff.plugins import Method
 
@@ -28,21 +27,12 @@ from .folder import RunFolder, refuse_other_folder
 from .learner import Learner, learning_rate
 from .lock import FolderLock
 from .losses import Draws
+from .opening import Stage, batches_of, network_of, source_of, stages_of
 from .outcomes import Launched, Outcome, launched
 from .settings import TrainingDiverged, TrainingSettings, TrainingStopped
-from .starting import Start, open_start
 from .stopping import TIME_IS_UP, Budget, Signals, Stopwatch
 
 MAX_OVERFLOWS = 30  # in a row: the factor of fp16 begins at 2**16 and is halved at each
-
-
-class Stage(NamedTuple):
-    """A method to train, its settings, the folder of its run, and the trained network that it begins with, if any."""
-
-    method: Method
-    settings: TrainingSettings
-    folder: Path
-    start: Start | None = None
 
 
 class Surroundings(NamedTuple):
@@ -107,7 +97,7 @@ def prepare(method: Method, settings: TrainingSettings, clock: Callable[[], floa
         The run; `fit` trains it, `export` saves and publishes the pipeline, `close` lets others train in its folder.
     """
     watch, accelerator = Stopwatch(clock), accelerator_for(settings)
-    stages = _stages(method, settings)
+    stages = stages_of(method, settings)
     folders = [stage.folder for stage in stages]
     for stage in stages:
         refuse_other_folder(stage.folder, stage.settings, within=folders)
@@ -115,15 +105,15 @@ def prepare(method: Method, settings: TrainingSettings, clock: Callable[[], floa
     if settings.push_to_hub and accelerator.is_main_process:
         name = settings.hub_model_id or folders[-1].resolve().name
         repo_id = hub.reserve(name, private=settings.hub_private_repo or None)
-    source = _source(settings, accelerator)
-    networks = [_network(stage, source) for stage in stages]  # all, so that bad settings are met before any work
+    source = source_of(settings, accelerator)
+    networks = [network_of(stage, source) for stage in stages]  # all, so that bad settings are met before any work
     with ExitStack() as held:  # until the run has them
         locks = {}
         for folder in folders if accelerator.is_main_process else ():
             locks[folder] = FolderLock(folder)
             held.callback(locks[folder].release)
             sweep(folder)
-        surroundings = Surroundings(accelerator, _batches(settings, source, accelerator), watch, repo_id, locks)
+        surroundings = Surroundings(accelerator, batches_of(settings, source, accelerator), watch, repo_id, locks)
         stage, given = stages[-1], None
         if len(stages) > 1:
             first = Run(stages[0], networks.pop(0), surroundings)
@@ -135,70 +125,6 @@ def prepare(method: Method, settings: TrainingSettings, clock: Callable[[], floa
         _refuse_other_classes(method, run.pipeline)
         held.pop_all()
     return run
-
-
-def _stages(method: Method, settings: TrainingSettings) -> list[Stage]:
-    """What the method builds on, if anything, and the method."""
-    folder = Path(settings.output_dir)
-    first = method.first(settings) if method.first is not None else None
-    before = [] if first is None else [Stage(*first, folder / first[0].name)]
-    start = None
-    if settings.init_from is not None:
-        if first is not None:
-            raise ValueError(f"init_from={settings.init_from!r}: expected none; {method.name} trains two networks")
-        start = open_start(settings.init_from, method.name)
-    return [*before, Stage(method, settings, folder, start)]
-
-
-def _network(stage: Stage, source: ImageSource) -> torch.nn.Module:
-    torch.manual_seed(stage.settings.seed)
-    method, settings, start = stage.method, stage.settings, stage.start
-    named = {"class_names": source.labels.names} if settings.class_labels else {}
-    if start is None:
-        return method.model(settings, settings.image_channels, **named)
-    network = start.network(method, settings, **named)
-    start.copy_into(network)
-    return network
-
-
-def _source(settings: TrainingSettings, accelerator: Accelerator) -> ImageSource:
-    with accelerator.main_process_first():
-        return open_source(
-            settings.train_data_dir or settings.dataset_name,
-            dataset_config=settings.dataset_config_name,
-            image_column=settings.image_column,
-            array_key=settings.array_key,
-            leave_out_runs=True,
-            class_labels=settings.class_labels,
-        )
-
-
-def _batches(settings: TrainingSettings, source: ImageSource, accelerator: Accelerator) -> MultiScaleBatches:
-    """The data: read by the main process first, which fills the cache for the others."""
-    with accelerator.main_process_first():
-        if isinstance(source, FolderImages):
-            accelerator.print(source.listing, flush=True)
-        images = ImageLevels.build(
-            source,
-            settings.sizes,
-            channels=settings.image_channels,
-            background=settings.background,
-            on_bad_image=settings.on_bad_image,
-            allow_enlarging=settings.allow_enlarging,
-            cache_dir=settings.cache_dir,
-            progress=accelerator.is_main_process,
-        )
-    return MultiScaleBatches(
-        images,
-        settings.train_batch_size,
-        patch_size=settings.patch_size,
-        random_flip=settings.random_flip,
-        seed=settings.seed,
-        num_processes=accelerator.num_processes,
-        process_index=accelerator.process_index,
-        accumulation=settings.gradient_accumulation_steps,
-        level_share=settings.level_share,
-    )
 
 
 def _refuse_other_classes(method: Method, pipeline) -> None:
