@@ -6,6 +6,7 @@ import sys
 import engine
 import numpy as np
 import pytest
+import tuning
 from metrics.conftest import squeezenet_file  # noqa: F401
 from PIL import Image
 
@@ -62,6 +63,28 @@ def test_arms_are_trained_scored_and_go_on(run, tmp_path, capsys, monkeypatch):
     assert not asked, "the samples are those of before"
     assert [row["frechet"] for row in again["rows"]] == pytest.approx(
         [row["frechet"] for row in rows.values()], rel=1e-3
+    )
+
+
+def test_plans_of_a_search_are_measured_on_fresh_seeds(run, tmp_path, monkeypatch, squeezenet_file):  # noqa: F811
+    run("train", "--arm", "new")
+    folder = tmp_path / "out" / "new-0" / "pipeline"
+    before = json.loads((folder / "model_index.json").read_text())
+    found = {"plan": before["plans"]["fast"], "distance": 3.0, "interval": [2.0, 4.0], "samples": 64}
+    search = {"plans": {"best": found}, "seconds": 90, "rounds": [[8, 32], [4, 64]], "held_out": 40, "yardstick": None}
+    (tmp_path / "search.json").write_text(json.dumps(search))
+    flags = {
+        "name": "toy", "model": folder, "search": tmp_path / "search.json", "before": folder / "model_index.json",
+        "reference": tmp_path / "train", "weights": squeezenet_file, "count": 4, "samples": tmp_path,
+        "result": tmp_path / "tuning.json",
+    }  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["tuning.py", *(str(part) for key in flags for part in (f"--{key}", flags[key]))])
+    tuning.main()
+    rows = json.loads((tmp_path / "tuning.json").read_text())["models"]["toy"]["rows"]
+    assert [row["plan"] for row in rows] == ["best = fast, before", "balanced, before"]
+    assert rows[0]["searched"]["distance"] == 3 and rows[0]["images"] == 4
+    assert "| toy | 1.5 minutes: 8 plans x 32, 4 plans x 64; 40 images | best = fast, before |" in tuning.table(
+        json.loads((tmp_path / "tuning.json").read_text())
     )
 
 
