@@ -286,15 +286,14 @@ def test_skip_existing(run, tmp_path, monkeypatch):
 
 def test_files_of_others_are_not_replaced(run, tmp_path, monkeypatch):
     source = save(noise(), tmp_path / "in/a.png").parent
-    for name in ("a.png", "report.json"):
-        (tmp_path / "out").mkdir(exist_ok=True)
-        (tmp_path / "out" / name).touch()  # of 0 bytes: neither a result nor ours
-        for flags in ([], ["--skip_existing"]):
-            with monkeypatch.context() as patch:
-                patch.setattr(hub, "load", None)  # nothing is done before it is said
-                code, lines, _ = run(source, tmp_path / "out", *flags) if name == "a.png" else (2, [name], None)
-            assert code == 2 and name in lines[0]
-        (tmp_path / "out" / name).unlink()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/a.png").touch()  # of 0 bytes: neither a result nor ours
+    for flags in ([], ["--skip_existing"]):
+        with monkeypatch.context() as patch:
+            patch.setattr(hub, "load", None)  # nothing is done before it is said
+            code, lines, _ = run(source, tmp_path / "out", *flags)
+        assert code == 2 and "a.png" in lines[0]
+    (tmp_path / "out/a.png").unlink()
     (tmp_path / "out/report.json").write_text("{}")
     code, lines, _ = run(source, tmp_path / "out")
     assert code == 2 and "report.json" in lines[0] and (tmp_path / "out/report.json").read_text() == "{}"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import pyrdiff
 from pyrdiff import plugins
+from pyrdiff.training.checkpoints import load_checkpoint, save_checkpoint
 from pyrdiff.training.loop import train
 from pyrdiff.training.starting import open_start
 
@@ -227,3 +228,25 @@ def test_another_network_of_the_same_class_is_refused_by_its_config(barely):
         assert torch.allclose(one, other, atol=1e-6)
     with pytest.raises(ValueError, match="low_res_injection is conv_stack there and direct here"):
         run("sr", barely(resolution=["16"], init_from=str(folder), preset="tiny", low_res_injection="direct"))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (lambda tensors, state: tensors["ema"]["conv_in.bias"].fill_(float("nan")), "conv_in.bias is not finite"),
+        (lambda tensors, state: tensors["model"].pop("conv_in.bias") + tensors["ema"].pop("conv_in.bias"), "it lacks"),
+        (lambda tensors, state: state["identity"]["network"].update(block_out_channels="x"), "init_from="),
+        (lambda tensors, state: state["identity"]["network"].pop("block_out_channels"), "init_from="),
+        (lambda tensors, state: state.update(identity=[]), "no checkpoint that can be read"),
+        (lambda tensors, state: state["identity"].update(method="sr"), "a checkpoint of 'sr'; expected one of 'pddpm'"),
+    ],
+)
+def test_a_checkpoint_that_says_strange_things_is_no_start(barely, finished, tmp_path, change, named):
+    tensors, state = load_checkpoint(Path(finished["output_dir"]) / "checkpoint-3")
+    change(tensors, state)
+    place = save_checkpoint(tmp_path, 3, tensors, state)
+    flags = barely(init_from=str(place))
+    with pytest.raises(ValueError) as caught:
+        run("pddpm", flags)
+    assert str(caught.value).startswith("init_from=") and re.search(named, str(caught.value)), caught.value
+    assert not Path(flags["output_dir"]).exists()

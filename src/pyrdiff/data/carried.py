@@ -14,7 +14,11 @@ JPEG_KEPT = {"COM": "JPEG comment", "APP13": "IPTC (APP13)"}  # as they are, in 
 JPEG_CODES = {"COM": 0xFE, "APP13": 0xED}
 WEBP_OWN = {"VP8 ", "VP8L", "VP8X", "ALPH", "ICCP", "EXIF", "XMP "}
 TIFF_OWN = {*range(254, 270), *range(273, 285), 290, 291, 292, 293, 296, 297, 317, 320, 338, 339, 340, 341, 347}
-TIFF_OWN |= {322, 323, 324, 325, 512, 513, 514, 519, 520, 521, 529, 530, 531, 532, 700, 33723 - 1, 34665, 34675, 34853}
+TIFF_OWN |= {322, 323, 324, 325, 512, 513, 514, 519, 520, 521, 529, 530, 531, 532, 700, 34665, 34675, 34853}
+TAG = ExifTags.Base
+# In a TIFF these tags lie among those that say how the pixels are stored, which are those of one file only.
+PICTURE_TAGS = {TAG.ImageDescription, TAG.Make, TAG.Model, TAG.Orientation, TAG.Software, TAG.DateTime, TAG.Artist}
+PICTURE_TAGS |= {TAG.HostComputer, TAG.Copyright}
 MAX_SEGMENT = 65_533 - 29  # of a JPEG, less the name of what is in it
 OLD_EXIF, XMP_TEXT = "Raw profile type exif", "XML:com.adobe.xmp"
 
@@ -46,12 +50,6 @@ def carried(image: Image.Image, data: bytes) -> dict[str, object]:
     elif image.info.get("comment"):
         found["comment"] = image.info["comment"]
     return found
-
-
-TAG = ExifTags.Base
-# In a TIFF these tags lie among those that say how the pixels are stored, which are those of one file only.
-PICTURE_TAGS = {TAG.ImageDescription, TAG.Make, TAG.Model, TAG.Orientation, TAG.Software, TAG.DateTime, TAG.Artist}
-PICTURE_TAGS |= {TAG.HostComputer, TAG.Copyright}
 
 
 def options_for(kind: str, extras: dict[str, object]) -> dict[str, object]:

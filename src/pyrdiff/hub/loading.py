@@ -287,7 +287,7 @@ def check_megapixels(where: object, values: Mapping, most: float) -> None:
                 raise ValueError(
                     f"{where}: {key} has {shown(size)}, {math.prod(sides) / 1e6:,.0f} megapixels: an image takes "
                     f"{math.prod(sides) * 12 / 1e9:,.1f} GB, and the network several times that; expected at most "
-                    f"{most:g} megapixels (a larger max_megapixels allows more)"
+                    f"{most:g} megapixels (pyrdiff.load, sample, check and push take a larger max_megapixels)"
                 )
 
 

@@ -232,7 +232,7 @@ def _judges(settings: PyramidalSettings, pipeline):
     from pyrdiff.metrics import open_features
     from pyrdiff.plan import held_out_images
 
-    held_out = held_out_images(pipeline, open_source(settings.held_out_dir))
+    held_out = held_out_images(pipeline, open_source(settings.held_out_dir), tuple(settings.background))
     features = open_features(settings.features, settings.feature_weights, device=pipeline.device)
     held_out = held_out.to(pipeline.device)
     features(held_out[:1], data_range=(0, 1))  # refuses images that are too small for it

@@ -2,6 +2,7 @@
 the first metric class that it finds in a file's namespace.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import datasets
@@ -16,14 +17,15 @@ CITATION = "See the paper named in the docstring of the function of the same nam
 PIXELS = "images [C, H, W], float arrays, C 1 or 3; each pair may have its own size"
 
 
-class ImageMetric(evaluate.Metric):
+class ImageMetric(evaluate.Metric, ABC):
     """Images in `predictions` and `references`; `compute` takes what the function of the same name takes."""
 
     description = ""
 
     @staticmethod
+    @abstractmethod
     def measure(prediction: Tensor, reference: Tensor, **settings) -> MetricResult:
-        raise NotImplementedError
+        """The metric of one pair, each [1, C, H, W]."""
 
     def _info(self) -> evaluate.MetricInfo:
         return _info(self.description, f"predictions, references: {PIXELS}", 3)
@@ -35,7 +37,7 @@ class ImageMetric(evaluate.Metric):
         return _report(combine(results))
 
 
-class DistributionMetric(evaluate.Metric):
+class DistributionMetric(evaluate.Metric, ABC):
     """Features in `predictions` (generated) and `references` (real), or images with the configuration "images".
 
     evaluate wants as many of both: where one set is smaller, fill it up with empty lists, which are left out.
@@ -44,8 +46,9 @@ class DistributionMetric(evaluate.Metric):
     description = ""
 
     @staticmethod
+    @abstractmethod
     def measure(real: Tensor, generated: Tensor, **settings) -> MetricResult | tuple[MetricResult, ...]:
-        raise NotImplementedError
+        """The metric of two sets, features [N, D] and [M, D] or images [N, C, H, W] and [M, C, H, W]."""
 
     def _info(self) -> evaluate.MetricInfo:
         if self.config_name not in ("default", "images"):

@@ -106,6 +106,9 @@ def plan_scheduler(
             raise ValueError(f"{name} of the plan sets {setting!r}: expected settings of {entry[0]}'s steps")
     taken = {key: process.config[key] for key in (*NOISE_PROCESS, *kept) if key in process.config}
     options = {key: value for key, value in {**taken, **fixed}.items() if key in known}
-    scheduler = kind(**{**options, **settings})
+    try:
+        scheduler = kind(**{**options, **settings})
+    except Exception as error:  # whatever a constructor of diffusers makes of strange values
+        raise ValueError(f"{name} of the plan: {entry[0]} does not take {settings}: {error}") from error
     check_scheduler(name, scheduler)
     return scheduler

@@ -122,7 +122,7 @@ def candidates(pipeline) -> list[dict]:
     Args:
         pipeline: A `PyramidalPipeline`.
     """
-    found = _further(pipeline)
+    found = _likely(pipeline)
     costs = {id(plan): pipeline.plan(plan=plan).nfe_eq for plan in found}
     for plan in (pipeline.config.plans or {}).values():
         cost = pipeline.plan(plan=plan).nfe_eq
@@ -132,7 +132,8 @@ def candidates(pipeline) -> list[dict]:
     return sorted(found, key=lambda plan: costs[id(plan)])
 
 
-def _further(pipeline) -> list[dict]:
+def _likely(pipeline) -> list[dict]:
+    """Calls, times, starts and solvers around what was measured to be good."""
     config = pipeline.unet.config
     count = len(config.get("resolutions") or [None])
     steps = pipeline.scheduler.config.num_train_timesteps
@@ -187,7 +188,7 @@ def tune(
 
     "best" has the least distance, "balanced" is the cheapest that cannot be told from it. "fast" is the cheapest whose
     distance is within the interval of 20 stochastic steps at full size; where the network cannot run those, within
-    half as much again as the best's.
+    half as much again as the best's, or as low as balanced's. None costs more than balanced.
 
     Args:
         pipeline: A `PyramidalPipeline`, on its device.
@@ -238,13 +239,14 @@ def tune(
     return Tuning(named, yardstick, finalists, rounds, clock() - began, seed, len(held_out), dict(features.conventions))
 
 
-def held_out_images(pipeline, source: ImageSource) -> torch.Tensor:
+def held_out_images(pipeline, source: ImageSource, background: tuple[int, int, int] = (255, 255, 255)) -> torch.Tensor:
     """
     The images of a source at the top size of a pipeline.
 
     Args:
         pipeline: A `PyramidalPipeline`.
         source: From `pyrdiff.data.open_source`.
+        background: Colour (0 to 255) that transparent images are laid on.
 
     Returns:
         [N, C, H, W] in [0, 1].
@@ -256,7 +258,7 @@ def held_out_images(pipeline, source: ImageSource) -> torch.Tensor:
         raise ValueError(f"held_out: got {len(source)} images; expected {LEAST} or more that were not trained on")
     top, channels = pipeline.unet.config.resolutions[-1], pipeline.unet.config.image_channels
     size = tuple(top) if isinstance(top, (list, tuple)) else (top, top)
-    pixels = ImageLevels.build(source, [size], channels=channels).arrays[-1]
+    pixels = ImageLevels.build(source, [size], channels=channels, background=background).arrays[-1]
     return torch.from_numpy(pixels[:]).permute(0, 3, 1, 2).float() / 255
 
 
@@ -301,7 +303,7 @@ def auto_plan(pipeline, budget_ms: float, batch_size: int = 1, folder: str | Pat
             own = {name: row for name, row in figures.items() if pipeline.config.plans.get(name) == row["plan"]}
             quality = {name: row["distance"] for name, row in own.items()} or None
             intervals = {name: tuple(row["interval"]) for name, row in own.items()}
-        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ValueError(f"folder={str(folder)!r}: {FIGURES} is not of a search for plans ({error})") from error
     costs = measure_costs(pipeline, batch_size, dict(pipeline.config.plans or {}))
     return choose(pipeline, costs, budget_ms=budget_ms, quality=quality, intervals=intervals)

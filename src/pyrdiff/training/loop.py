@@ -197,13 +197,6 @@ class Run:
             TrainingDiverged: when the loss or the gradient is not finite.
             OSError: if the disk refuses, or the output folder is gone.
         """
-        try:
-            self._fit()
-        except BaseException:
-            self.close()
-            raise
-
-    def _fit(self) -> None:
         settings, is_main = self.settings, self.accelerator.is_main_process
         if is_main:
             self.folder.open(self.step)

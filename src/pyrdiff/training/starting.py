@@ -9,6 +9,7 @@ import torch
 
 from pyrdiff import hub
 from pyrdiff.parts.plans import NOISE_PROCESS
+from pyrdiff.parts.weights import unusable
 from pyrdiff.plugins import Method
 
 from . import checkpoints
@@ -53,7 +54,7 @@ class Start:
         if method.adopt is not None:
             try:
                 return method.adopt(settings, channels, self.class_name, self.config, **class_names)
-            except ValueError as error:
+            except Exception as error:  # whatever a constructor makes of strange values
                 raise ValueError(f"init_from={self.place!r}: {error}") from error
         network = method.model(settings, channels, **class_names)
         own = type(network).__name__
@@ -143,6 +144,9 @@ def open_start(place: str, method_name: str) -> Start:
         tensors = {**groups["model"], **groups.get("ema", {})}
     except (checkpoints.CheckpointError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"init_from={place!r}: no checkpoint that can be read: {error}") from error
+    bad = unusable(tensors)
+    if bad:
+        raise ValueError(f"init_from={place!r}: {bad[0]} is not finite, or far too large; expected weights")
     if trained != method_name:
         raise ValueError(f"init_from={place!r}: a checkpoint of {trained!r}; expected one of {method_name!r}")
     return Start(place, None, config, tensors, scheduler)
