@@ -195,6 +195,8 @@ REFUSED: dict[str, Callable[[Path, Path], None]] = {
     "deep index": written(INDEX, f'{{"plans": {DEEP}}}'.encode()),
     "deep config": written(CONFIG, f'{{"resolutions": {DEEP}}}'.encode()),
     "deep private key": written(SCHEDULER, f'{{"_private": {DEEP}}}'.encode()),
+    "huge number": lambda folder, canary: change(folder / CONFIG, norm_eps=10**400),
+    "size of many sides": lambda folder, canary: change(folder / CONFIG, resolutions=[8, [100_000] * 99]),
     "huge levels": lambda folder, canary: change(folder / CONFIG, resolutions=[16, 60000]),
     "huge plan": lambda folder, canary: change(folder / INDEX, plans={"a": {"resolutions": [16, [60000, 50000]]}}),
     "licence is a link out": linked("LICENSE", "{canary}"),

@@ -62,6 +62,7 @@ POISONS: dict[str, tuple[Callable[[dict, dict], None], str, str]] = {
     "fewer steps than done": (state(total_steps=1), "state.json", "total_steps"),
     "time of text": (state(seconds="a while"), "state.json", "seconds"),
     "time below zero": (state(step_seconds=-1), "state.json", "step_seconds"),
+    "time without end": (state(seconds=10**400), "state.json", "401 digits"),
     "no time": (without("seconds"), "state.json", "seconds"),
     "identity as a list": (state(identity=["pddpm"]), "state.json", "identity"),
     "average's steps": (state(ema={"optimization_step": HUGE}), "state.json", "ema"),

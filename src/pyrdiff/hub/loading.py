@@ -30,6 +30,7 @@ INDEX = DiffusionPipeline.config_name
 WEIGHTS = "diffusion_pytorch_model"
 ABSENT = (None, [None, None])  # in the index, for a component that the pipeline does without
 LARGEST_NUMBER = 100_000  # a whole number in a config
+MOST_PIXELS = 10**18  # that are counted
 MAX_MEGAPIXELS = 64  # of an image that a folder asks for
 MOST_MODULES = 5_000  # inside a network
 FLOATS = ("F64", "F32", "F16", "BF16")  # as safetensors calls them
@@ -262,7 +263,7 @@ def check_keys(path: Path, config: dict, owner: type) -> None:
             raise ValueError(f"{path}: unknown key {shown(key)} for {owner.__name__}")
         for number in _numbers(value):
             if math.isnan(number) or (isinstance(number, int) and abs(number) > LARGEST_NUMBER):
-                raise ValueError(f"{path}: {key} has {number}; expected whole numbers up to {LARGEST_NUMBER}")
+                raise ValueError(f"{path}: {key} has {shown(number)}; expected whole numbers up to {LARGEST_NUMBER}")
 
 
 def check_megapixels(where: object, values: Mapping, most: float) -> None:
@@ -283,10 +284,11 @@ def check_megapixels(where: object, values: Mapping, most: float) -> None:
         sizes = {"sample_size": [value], "resolutions": value}.get(key) or []
         for size in sizes if isinstance(sizes, (list, tuple)) else []:
             sides = size if isinstance(size, (list, tuple)) else [size, size]
-            if all(map(is_whole, sides)) and math.prod(sides) > most * 1e6:
+            pixels = min(math.prod(sides), MOST_PIXELS) if all(map(is_whole, sides)) else 0
+            if pixels > most * 1e6:
                 raise ValueError(
-                    f"{where}: {key} has {shown(size)}, {math.prod(sides) / 1e6:,.0f} megapixels: an image takes "
-                    f"{math.prod(sides) * 12 / 1e9:,.1f} GB, and the network several times that; expected at most "
+                    f"{where}: {key} has {shown(size)}, {pixels / 1e6:,.0f} megapixels: an image takes "
+                    f"{pixels * 12 / 1e9:,.1f} GB, and the network several times that; expected at most "
                     f"{most:g} megapixels (pyrdiff.load, sample, check and push take a larger max_megapixels)"
                 )
 

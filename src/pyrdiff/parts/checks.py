@@ -15,7 +15,7 @@ OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 def is_number(value) -> bool:
     """Whether it is a finite real number, also one of numpy; a bool is not."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def is_count(value) -> bool:

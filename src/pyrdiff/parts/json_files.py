@@ -6,6 +6,7 @@ from pathlib import Path
 
 LARGEST = 16 * 2**20  # bytes
 DEEPEST = 64  # lists and objects inside each other
+MOST_DIGITS = 300  # of a whole number: it fits into a float
 LONGEST = 400  # characters of what a message repeats
 
 
@@ -39,10 +40,12 @@ def parse_json(data: str | bytes, where: str) -> object:
         where: What the message names.
 
     Raises:
-        ValueError: if it is no JSON, has NaN in it or is nested more than 64 times.
+        ValueError: if it is no JSON, has NaN or a whole number of more than 300 digits in it, or is nested more than 64
+            times.
     """
     try:
-        value = json.loads(data.decode("utf-8") if isinstance(data, bytes) else data, parse_constant=_constant)
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        value = json.loads(text, parse_constant=_constant, parse_int=_whole)
     except RecursionError as error:
         raise ValueError(f"{where}: expected JSON, nested at most {DEEPEST} times") from error
     except ValueError as error:
@@ -59,6 +62,12 @@ def _constant(text: str) -> float:
     if text == "NaN":
         raise ValueError("NaN is not a value; expected numbers")
     return float(text)  # an infinite bound is a default of some schedulers
+
+
+def _whole(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"a whole number of {len(text)} digits; expected at most {MOST_DIGITS}")
+    return int(text)
 
 
 def _items(value: object) -> list:
