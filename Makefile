@@ -21,7 +21,7 @@ awk -v start=$(START) -v begun=$$begun -v ended=$$(date +%s) \
 'BEGIN { printf "install: %.1f minutes, run: %.1f minutes\n", (begun - start) / 60, (ended - begun) / 60 }'
 endef
 
-.PHONY: demo test test-fast clean
+.PHONY: demo docs test test-fast clean
 
 # One process a core, one thread each (tests/conftest.py); a process that has done its share takes from the others'.
 PYTEST := HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto --dist worksteal
@@ -36,16 +36,20 @@ test-fast: $(READY)
 demo: $(READY)
 	$(call timed,$(BIN)/python examples/demo.py --output_dir demo)
 
+# The documentation as a site, at an address that it prints.
+docs: $(READY)
+	$(BIN)/python -m mkdocs serve
+
 # lpips is there for its weight files only; what it depends on (torchvision) would replace torch.
 # The pin of torch is left out of the constraints here, so that TORCH decides and the second line keeps what it chose.
 $(READY): setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	grep -v '^torch==' constraints.txt > .venv/constraints.txt
 	$(BIN)/python -m pip install -c .venv/constraints.txt $(TORCH)
-	$(BIN)/python -m pip install -c .venv/constraints.txt -e '.[dev,demo]'
+	$(BIN)/python -m pip install -c .venv/constraints.txt -e '.[dev,demo,docs]'
 	$(BIN)/python -m pip install -c .venv/constraints.txt --no-deps lpips
 	touch $@
 
 clean:
-	rm -rf .venv build dist src/*.egg-info .pytest_cache .ruff_cache .hypothesis demo
+	rm -rf .venv build dist site src/*.egg-info .pytest_cache .ruff_cache .hypothesis demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

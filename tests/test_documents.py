@@ -20,7 +20,7 @@ def test_the_tables_are_printed_from_the_results():
     assert sorted(shown) == sorted(path.name for path in (ROOT / "benchmarks" / "results").glob("*.json"))
 
 
-DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "examples" / "README.md"]
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), ROOT / "examples" / "README.md"]
 SETTINGS = {  # of each command, and of the scripts that do the same
     "bench": "bench.BenchSettings",
     "check": "check.CheckSettings",
