@@ -31,6 +31,7 @@ LONG = (
     "tests/pipelines/test_upscale_example.py",
     "tests/plan/test_plan_example.py",
     "tests/plan/test_plan_tune.py",
+    "tests/test_examples.py",
     "tests/test_packaging.py",
     "tests/test_plugin_example.py",
     "tests/test_warm.py",
