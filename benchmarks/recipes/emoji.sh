@@ -41,19 +41,28 @@ from pathlib import Path
 
 import pyrdiff
 import torch
-from diffusers.utils import make_image_grid
 from pyrdiff import hub
 
 output = Path(sys.argv[1])
-trained, small = output / "training" / "pipeline", output / "noto-emoji"
-hub.export(pyrdiff.load(trained, torch_dtype=torch.float16), small, max_shard_size="4MB")
-pipeline = pyrdiff.load(small)
-images = pipeline(16, plan="balanced", generator=[torch.Generator().manual_seed(seed) for seed in range(16)]).images
-make_image_grid(images, 2, 8).save(small / "samples.png")
+hub.export(pyrdiff.load(output / "training" / "pipeline", torch_dtype=torch.float16), output / "noto-emoji", max_shard_size="4MB")
+END
+python benchmarks/show_model.py "$output/noto-emoji" "$output/faces"
+python - "$output" <<'END'
+import sys
+from pathlib import Path
+
+from pyrdiff import hub
+
+output = Path(sys.argv[1])
+small = output / "noto-emoji"
 bench = hub.card.read_bench(output / "bench.json")
 (small / "bench.json").write_bytes((output / "bench.json").read_bytes())
-text = (trained / "README.md").read_text(encoding="utf-8").replace("# training\n", "# Noto emoji: faces, 64x64\n", 1)
-text = hub.card.fill(text, bench=bench, pictures={"samples.png": "Samples with seeds 0 to 15, plan balanced."})
+text = (output / "training" / "pipeline" / "README.md").read_text(encoding="utf-8")
+pictures = {
+    "samples.png": "Samples with seeds 0 to 15, plan balanced.",
+    "neighbours.png": "Below each of them the training image that is nearest in pixels.",
+}
+text = hub.card.fill(text.replace("# training\n", "# Noto emoji: faces, 64x64\n", 1), bench=bench, pictures=pictures)
 note = "No image was held out, so the table tells the plans apart and not how the model does on others. "
 text = text.replace("## Limits\n\n", f"## Limits\n\n{note}")
 (small / "README.md").write_text(text, encoding="utf-8")
