@@ -447,6 +447,12 @@ def test_pictures_and_numbers_of_progress_are_of_training_images(trained):
             assert not np.array_equal(rows[2][column], rows[1][column])
 
 
+def test_pictures_of_progress_are_as_large_as_what_is_trained_on(toy_sr):
+    images = levels_of(photos(24))
+    settings = settings_of({**toy_sr(), "patch_size": 8, "scale_factor": [2], "eval_batch_size": 3})
+    assert np.array_equal(sr.validation_images(settings, images), to_range(photos(24)[:3, 4:12, 4:12]))
+
+
 def test_numbers_of_progress_are_of_validation_images_where_there_are_some(toy_sr, tmp_path):
     validation, factor = photos(7, 20, 16, seed=5), 2
     for index, pixels in enumerate(validation[..., 0]):

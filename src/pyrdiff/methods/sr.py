@@ -299,7 +299,10 @@ def similarity(
 
 
 def validation_images(settings: SuperResolutionSettings, images: "ImageLevels") -> "torch.Tensor":
-    """`eval_batch_size` images [B, C, H, W] in [-1, 1] at the resolution, of the validation folder if there is one."""
+    """
+    `eval_batch_size` images [B, C, H, W] in [-1, 1] of the validation folder, if there is one. Of a training on windows
+    their middles, as large as those: whole photographs would take longer than the training between two pictures.
+    """
     from pyrdiff.methods.images import as_tensor
 
     top, count = images.arrays[-1], settings.eval_batch_size
@@ -307,8 +310,11 @@ def validation_images(settings: SuperResolutionSettings, images: "ImageLevels") 
         how = (settings.image_channels, tuple(settings.background), settings.on_bad_image)
         top = _validation_array(settings.validation_data_dir, settings.sizes[0], count, *how)
     factor = max(settings.scale_factor)
-    height, width = (side // factor * factor for side in top.shape[1:3])
-    return as_tensor(top[:count, :height, :width])
+    height, width = (
+        min(side, of_image) // factor * factor for side, of_image in zip(settings.window, top.shape[1:3], strict=True)
+    )
+    above, left = (top.shape[1] - height) // 2, (top.shape[2] - width) // 2
+    return as_tensor(top[:count, above : above + height, left : left + width])
 
 
 @lru_cache(maxsize=1)
