@@ -1,7 +1,7 @@
 """
 The plans that `pyrdiff bench --tune` found for a model, on fresh seeds, beside those that it had before:
 
-    pyrdiff bench --model runs/mine/pipeline --reference held_out --tune 9 --output tuning.json
+    pyrdiff bench runs/mine/pipeline --reference held_out --tune 9 --output tuning.json
     python benchmarks/tuning.py --name faces --model runs/mine/pipeline --search tuning.json --before model_index.json \
         --reference train --weights squeezenet.pth --result benchmarks/results/tuning.json
 

@@ -1,7 +1,7 @@
 """
 What the plans of a model cost on this machine, and which one fits a budget, as `pyrdiff plan` says it:
 
-    python examples/plan.py --model runs/pddpm/pipeline --batch_size 16 --budget_ms 200
+    python examples/plan.py runs/pddpm/pipeline --batch_size 16 --budget_ms 200
 """
 
 from pyrdiff.cli import run

@@ -1,7 +1,7 @@
 """
 Enlarge a picture, or a folder with the folders below it, as `pyrdiff upscale` does:
 
-    python examples/upscale.py --model runs/mine/pipeline --input photos --output larger --outscale 4 --keep_going
+    python examples/upscale.py runs/mine/pipeline --input photos --output larger --scale_factor 4 --keep_going
 """
 
 from pyrdiff.cli import run

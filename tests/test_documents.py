@@ -2,12 +2,15 @@
 
 import importlib
 import re
+import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import warm
 
 from pyrdiff.cli import COMMANDS
+from pyrdiff.commands import arguments
 from pyrdiff.plugins import find, plugins
 
 ROOT = Path(__file__).parents[1]
@@ -21,45 +24,43 @@ def test_the_tables_are_printed_from_the_results():
 
 
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), ROOT / "examples" / "README.md"]
-SETTINGS = {  # of each command, and of the scripts that do the same
-    "bench": "bench.BenchSettings",
-    "check": "check.CheckSettings",
-    "demo": "demo.DemoSettings",
-    "evaluate": "evaluate.EvaluateSettings",
-    "plan": "plan.PlanSettings",
-    "plugins": "plugins.PluginsSettings",
-    "push": "push.PushSettings",
-    "sample": "sample.SampleSettings",
-    "upscale": "upscale.UpscaleSettings",
-}
 EVERYWHERE = {"help", "config", "json", "version"}
 
 
-def flags_of(command: str, method: str) -> set[str]:
-    """The flags that a command has; of `train` those of the method."""
+def settings_of(command: str, method: str) -> type:
+    """The flags of a command; of `train` those of the method."""
     if command == "train":
-        return set(find(method).settings.__dataclass_fields__)
-    module, name = SETTINGS[command].split(".")
-    return set(getattr(importlib.import_module(f"pyrdiff.commands.{module}"), name).__dataclass_fields__)
+        return find(method).settings
+    return getattr(importlib.import_module(f"pyrdiff.commands.{command}"), f"{command.capitalize()}Settings")
 
 
-def test_every_command_has_settings_here():
-    assert {*SETTINGS, "train"} == set(COMMANDS)
+def flags_of(settings: type) -> set[str]:
+    return {arguments.flag_of(field.name) for field in fields(settings)}
+
+
+def unchecked(settings: type) -> type:
+    """The same flags, whatever their values."""
+    return type(settings.__name__, (settings,), {"__post_init__": lambda self: None})
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_commands_and_their_flags_exist(path):
     text = path.read_text(encoding="utf-8").replace("\\\n", " ")
-    pieces = re.findall(r"`(pyrdiff [a-z][^`]*)`", text)
+    lines = []
     for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
-        pieces += [line.partition(" #")[0] for line in block.splitlines() if line.startswith("pyrdiff ")]
-    for piece in pieces:
+        lines += [line.partition(" #")[0] for line in block.splitlines() if line.startswith("pyrdiff ")]
+    for piece in [*re.findall(r"`(pyrdiff [a-z][^`]*)`", text), *lines]:
         _, command, *words = piece.split()
         assert command in COMMANDS, piece
         if command == "train" and words[:1] in ([], ["METHOD"], ["lanczos-pyramid"]):
             continue
+        settings = settings_of(command, words[0] if words else "")
         flags = {word[2:].partition("=")[0] for word in words if word.startswith("--")} - EVERYWHERE
-        assert flags <= flags_of(command, words[0] if words else ""), piece
+        assert flags <= flags_of(settings), piece
+        assert not {"--model", "--output_dir", "--outscale"} & set(words), f"{piece}: the names that are shown"
+        if piece in lines and not {"--help", "--config"} & set(words):
+            given = shlex.split(piece)[3 if command == "train" else 2 :]
+            arguments.read(unchecked(settings), "", [word for word in given if word != "--json"])
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,16 @@
 
 import contextlib
 import importlib
-import io
 import json
 import os
-import re
 import signal
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import fields
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import pyrdiff
+from pyrdiff.commands import arguments
 from pyrdiff.commands.borders import explained, in_flags
 from pyrdiff.parts.settings import did_you_mean
 from pyrdiff.training.settings import TrainingDiverged, TrainingStopped
@@ -35,19 +32,18 @@ COMMANDS = {
     "plugins": "List the installed methods, and what failed to load.",
 }
 
-HELP = """usage: pyrdiff COMMAND [flags]
+HELP = """usage: pyrdiff COMMAND [MODEL] [flags]
 
 {summary}
 
 {commands}
 
-Every command: --help lists its flags; --config FILE reads flags from a YAML or JSON file, those given beside it count
-more; --json prints the result as JSON on stdout, and all else on stderr; --debug (or PYRDIFF_DEBUG=1) shows the
-traceback behind an error. Exit codes: 0 done, 1 done in part or not sound, 2 bad input (one line on stderr), 3 a loss
-that is not finite, 130 and 143 stopped by a signal.
+Every command: --help lists its flags, with an example; -m (the model), -i (input), -o (output), -n (images), -b (images
+together), -s (scale factor) and -p (plan) are short for flags of the same meaning everywhere; --config FILE reads flags
+from a YAML or JSON file, those given beside it count more; --json prints the result as JSON on stdout, and all else on
+stderr; --debug (or PYRDIFF_DEBUG=1) shows the traceback behind an error. Exit codes: 0 done, 1 done in part or not
+sound, 2 bad input (one line on stderr), 3 a loss that is not finite, 130 and 143 stopped by a signal.
 """
-
-FRAME = re.compile("[│╭╮╰╯─]+|-{5,}")  # of tyro's messages: dashes where the encoding has no better
 
 S = TypeVar("S")
 
@@ -92,118 +88,15 @@ def parse(settings: type[S], description: str, args: list[str], prog: str | None
         prog: How the command is called, for `--help`.
     """
     try:
-        _refuse_unknown(settings, args, prog)
-        args = _with_true(settings, _with_file(settings, args))
-        return settings(**_read_flags(settings, description, args, prog))
+        return arguments.read(settings, description, args, prog)
     except ValueError as error:
         _exit(error, EXIT_BAD_INPUT)
-
-
-def _refuse_unknown(settings: type, args: list[str], prog: str | None) -> None:
-    """Refuses a flag that is none, and offers the nearest."""
-    known = ["help", "config", *(field.name for field in fields(settings))]
-    for arg in args:
-        name = arg.partition("=")[0][2:].replace("-", "_")
-        if arg.startswith("--") and name and name not in known:
-            near = did_you_mean(f"--{name}", [f"--{one}" for one in known])
-            raise ValueError(f"--{name}: no flag of {prog or 'this command'}{near} (--help lists the flags)")
-
-
-def _read_flags(settings: type, description: str, args: list[str], prog: str | None) -> dict:
-    """The values of all flags, converted but not checked: tyro would put what `settings` says of them into a frame."""
-    import tyro
-
-    unchecked = type(settings.__name__, (settings,), {"__post_init__": lambda self: None})
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            values = tyro.cli(
-                unchecked,
-                prog=prog,
-                args=args,
-                description=description.strip(),
-                use_underscores=True,
-                config=(tyro.conf.FlagConversionOff,),
-            )
-    except SystemExit as stop:
-        if stop.code:
-            raise ValueError(f"{_without_frame(complaint.getvalue())} (--help lists the flags)") from None
-        raise
-    return {field.name: getattr(values, field.name) for field in fields(settings)}
-
-
-def _without_frame(message: str) -> str:
-    """tyro's message in one line: without title and frame, and without the advice that follows it."""
-    _title, *lines = message.splitlines()
-    sentence = " ".join(FRAME.sub(" ", " ".join(lines)).split())
-    for advice in ("Argument helptext:", "For full helptext"):
-        sentence = sentence.partition(advice)[0]
-    return sentence.strip()
-
-
-def _with_file(settings: type, args: list[str]) -> list[str]:
-    """`--config FILE` replaced by the flags in it; they come first, so that flags of the command line count more."""
-    if "config" in {field.name for field in fields(settings)}:
-        return args
-    from_files, others, rest = [], [], iter(args)
-    for arg in rest:
-        name, separator, path = arg.partition("=")
-        if name != "--config":
-            others.append(arg)
-            continue
-        path = path if separator else next(rest, None)
-        if path is None:
-            raise ValueError("--config: expected a YAML or JSON file")
-        from_files += _flags_of(settings, path)
-    return from_files + others
-
-
-def _flags_of(settings: type, path: str) -> list[str]:
-    """What a file of settings holds, as flags."""
-    known, flags = {field.name: field for field in fields(settings)}, []
-    for key, value in _read_settings(path).items():
-        if key not in known:
-            near = did_you_mean(key, known)
-            raise ValueError(f"--config: {path} has the unknown key {key!r}; expected one of {sorted(known)}{near}")
-        if value is None:
-            if known[key].default is not None:
-                raise ValueError(f"--config: {path} has no value for {key!r}")
-        elif isinstance(value, list):
-            flags += [f"--{key}", *map(str, value)]
-        else:  # with "=", a value may begin with a dash
-            flags.append(f"--{key}={json.dumps(value) if isinstance(value, dict) else value}")
-    return flags
-
-
-def _read_settings(path: str) -> dict:
-    import yaml  # reads JSON, too
-
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError(f"--config: {path!r} is nested too deeply; expected names and values") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"--config: {path!r} cannot be read as YAML or JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"--config: {path!r} holds a {type(values).__name__}; expected names and values")
-    return values
-
-
-def _with_true(settings: type, args: list[str]) -> list[str]:
-    """A flag of yes or no may stand alone: `--use_ema` is `--use_ema True`."""
-    switches = {f"--{field.name}" for field in fields(settings) if field.type in (bool, "bool", bool | None)}
-    complete = []
-    for arg, following in zip(args, [*args[1:], "--"], strict=False):
-        complete.append(arg)
-        if f"--{arg[2:].replace('-', '_')}" in switches and arg.startswith("--") and following.startswith("--"):
-            complete.append("True")
-    return complete
 
 
 def expect(settings: object, name: str, good: bool, expected: str) -> None:
     """Raises `ValueError` unless the value of a flag is good; `expected` says what is, as in "1 or more"."""
     if not good:
-        raise ValueError(f"--{name}={getattr(settings, name)!r}: expected {expected}")
+        raise ValueError(f"--{arguments.flag_of(name)}={getattr(settings, name)!r}: expected {expected}")
 
 
 def run(main: Callable[[list[str]], dict | None]) -> None:

@@ -89,10 +89,11 @@ PATHS = [
     ("bench --model noto-emoji --reference images --output o.json --arms nope", "--arms='nope'"),
     ("plan --model ./nope", "--model='./nope'"),
     ("plan --model noto-emoji --bench nope --budget_ms 1", "--bench='nope'"),
-    ("check ./nope", "--path='./nope'"),
+    ("check ./nope", "--model='./nope'"),
     ("push images me/x --bench nope", "--bench='nope'"),
     ("push images me/x --pictures nope", "--pictures=('nope',)"),
     ("demo --model ./nope", "--model='./nope'"),
+    ("demo ./nope", "--model='./nope'"),
 ]
 WITHOUT_TORCH = """
 import contextlib, io, json, os, sys

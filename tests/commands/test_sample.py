@@ -149,7 +149,7 @@ def test_what_is_skipped_is_what_the_run_would_make(run, tmp_path, what):
     spoilt = path.read_bytes()
     for further in ([], ["--skip_existing"]):
         code, _, complaint = run(tmp_path, *flags, *further)
-        assert code == 2 and "--output_dir: " in complaint and "00001.png is there" in complaint
+        assert code == 2 and "--output: " in complaint and "00001.png is there" in complaint
         assert "--overwrite" in complaint and path.read_bytes() == spoilt
     code, printed, _ = run(tmp_path, *flags, "--skip_existing", "--overwrite")
     assert code == 0 and "1 done, 2 skipped" in printed

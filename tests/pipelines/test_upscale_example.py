@@ -375,7 +375,7 @@ def test_a_model_made_to_enlarge(run, tmp_path, models):
 
 
 @pytest.mark.parametrize("flags, said, channels", [
-    (["--outscale", 4], "--outscale=4.0: expected one of [2, 3] for this model", "sr"),
+    (["--outscale", 4], "--scale_factor=4.0: expected one of [2, 3] for this model", "sr"),
     (["--outscale", 2, "--refine_steps", 2], "--refine_steps=2: expected nothing for a model", "sr"),
     (["--outscale", 2, "--plan", "long"], "plan='long'", "sr"),
     (["--outscale", 2, "--plan", "short", "--num_inference_steps", 2], "--num_inference_steps=2: expected", "sr"),
@@ -388,8 +388,8 @@ def test_flags_of_the_other_kind_of_model(run, tmp_path, flags, said, channels):
 
 
 @pytest.mark.parametrize("flags, said", [
-    (["--outscale", 0.5], "--outscale=0.5"),
-    (["--outscale", "nan"], "--outscale=nan"),
+    (["--outscale", 0.5], "--scale_factor=0.5"),
+    (["--outscale", "nan"], "--scale_factor=nan"),
     (["--tile", 0], "--tile=0"),
     (["--tile", 16, "--tile_pad", 16], "--tile_pad=16"),
     (["--tile_pad", 4], "--tile_pad=4"),

@@ -1,6 +1,8 @@
 """
 Time and measure ways of calling one saved model, side by side in one run.
 
+Example: pyrdiff bench runs/mine/pipeline --reference my_test_images -o bench.json
+
 An arm is {name: arguments of the call}. Of a model that generates they are its named plans, the default call and, where
 it can run them, solvers of stock diffusion at full size; of one that enlarges its plans and bicubic. All arms are timed
 first, in turn, and scored after that. For a quicker run name some with --only, or lower --runs and --num_images. Plans
@@ -64,6 +66,7 @@ class BenchSettings:
     weights: str | None = None
     """File of the feature network; by default downloaded."""
     lpips_network: Literal["alex", "squeeze", "vgg"] = "alex"
+    """Trunk of LPIPS."""
     lpips_weights: str | None = None
     """File of LPIPS's trunk; by default downloaded, and LPIPS is left out where that fails."""
     scale_factor: int | None = None

@@ -2,8 +2,12 @@
 
 import re
 from collections.abc import Sequence
+from itertools import takewhile
+
+from pyrdiff.commands.arguments import POSITIONAL, SHORT
 
 OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|Unable to allocate", re.IGNORECASE)
+LONG = {short: f"--{name}" for name, short in SHORT.items()}
 SMALLER = {  # by command, what makes it need less memory
     "train": "a smaller --train_batch_size or --patch_size",
     "sample": "a smaller --batch_size",
@@ -42,14 +46,17 @@ def explained(error: BaseException, args: Sequence[str]) -> str | None:
 def in_flags(message: str, args: Sequence[str]) -> str:
     """
     The message with the flag that a value was given by, where it begins with a name that is no flag, such as
-    `path_or_repo='x': ...` after `--model x`.
+    `path_or_repo='x': ...` after `--model x`, or after `x` in the place of the model.
     """
     named = re.match(r"(\w+)(?:=|: )('[^']*'|\"[^\"]*\")", message)
     if named is None:
         return message
     flags = [arg.partition("=") for arg in args if arg.startswith("--")]
     given = [(flag, value) for flag, equals, value in flags if equals]
-    given += [(arg, value) for arg, value in zip(args, args[1:], strict=False) if arg.startswith("--")]
+    given += [(arg, value) for arg, value in zip(args, args[1:], strict=False) if arg.startswith("-")]
+    words = list(takewhile(lambda arg: not arg.startswith("-"), args[1:]))  # after the command
+    given += [(f"--{name}", word) for name, word in zip(POSITIONAL, words, strict=False)]
+    given = [(LONG.get(flag, flag), value) for flag, value in given]
     if any(flag[2:].replace("-", "_") == named[1] for flag, _ in given):
         return message
     for flag, value in given:

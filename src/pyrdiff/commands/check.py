@@ -1,14 +1,14 @@
 """
 Say whether an exported folder, or a repository on the Hub, is sound.
 
+Example: pyrdiff check runs/mine/pipeline
+
 It is, if it holds one model and nothing else, if its code is that of the installed classes, and if it loads by
 pyrdiff.load and, to the same weights, where pyrdiff is not installed. Exit code 1 if it is not.
 """
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import tyro
 
 from pyrdiff.cli import expect, parse
 from pyrdiff.commands.paths import check_paths
@@ -18,7 +18,7 @@ from pyrdiff.commands.paths import check_paths
 class CheckSettings:
     """Flags of `pyrdiff check`."""
 
-    path: tyro.conf.Positional[str]
+    model: str
     """Exported folder, repository on the Hub, or a model that comes with pyrdiff."""
     revision: str | None = None
     """Branch, tag or commit of the repository."""
@@ -35,13 +35,13 @@ class CheckSettings:
 
 def main(args: list[str]) -> dict:
     settings = parse(CheckSettings, __doc__, args, prog="pyrdiff check")
-    if not Path(settings.path).is_dir():  # what is wrong with a folder is what the command says
-        check_paths(settings, models=["path"])
+    if not Path(settings.model).is_dir():  # what is wrong with a folder is what the command says
+        check_paths(settings, models=["model"])
     from pyrdiff import hub
     from pyrdiff.hub.messages import file_name
 
     found = hub.check(
-        settings.path,
+        settings.model,
         revision=settings.revision,
         trust_remote_code=settings.trust_remote_code,
         update_code=settings.update_code,
@@ -56,5 +56,5 @@ def main(args: list[str]) -> dict:
         print(f"problem: {problem}")
     for note in found.notes:
         print(f"note: {note}")
-    print(f"{settings.path}: {'sound' if found.sound else 'NOT sound'}")
-    return {"path": settings.path, "sound": found.sound, **asdict(found), "exit_code": 0 if found.sound else 1}
+    print(f"{settings.model}: {'sound' if found.sound else 'NOT sound'}")
+    return {"path": settings.model, "sound": found.sound, **asdict(found), "exit_code": 0 if found.sound else 1}

@@ -1,6 +1,8 @@
 """
 Open a page in the browser that drives a model: generate level by level, enlarge pictures, compare plans.
 
+Example: pyrdiff demo runs/mine/pipeline --open_browser
+
 It runs on this machine alone: it listens on the loopback address unless --host says otherwise, and the page loads
 nothing from elsewhere.
 """

@@ -1,7 +1,9 @@
 """
 Measure generated or enlarged images, in one table and one JSON that says how.
 
-A set of images is compared with a set of real ones (--generated or --model, and --reference), or with --paired each
+Example: pyrdiff evaluate runs/mine/pipeline -n 500 --reference my_test_images -o scores.json
+
+A set of images is compared with a set of real ones (--generated or a model, and --reference), or with --paired each
 image with the one of its name. Images are compared at the size they have; where sizes differ, --resolution says what to
 fit them to.
 """
@@ -53,6 +55,7 @@ class EvaluateSettings:
     weights: str | None = None
     """File of the feature network; by default downloaded."""
     lpips_network: Literal["alex", "squeeze", "vgg"] = "alex"
+    """Trunk of LPIPS."""
     lpips_weights: str | None = None
     """File of its trunk; by default downloaded."""
     resolution: tuple[int, ...] | None = None
@@ -62,7 +65,7 @@ class EvaluateSettings:
     crop_border: int = 0
     """For PSNR and SSIM, pixels at each side."""
     num_images: int = 100
-    """To sample from --model."""
+    """To sample from the model."""
     plan: str | None = None
     """A plan that the model carries, such as fast, instead of the next flags."""
     num_inference_steps: int | None = None
@@ -76,7 +79,9 @@ class EvaluateSettings:
     resamples: int = 100
     """For the 95 % intervals; 0 for none."""
     batch_size: int = 16
+    """Images sampled, or measured, together."""
     seed: int = 0
+    """Image k has the seed SEED + k."""
     device: str | None = None
     """By default the GPU if there is one."""
     output: str | None = None

@@ -1,6 +1,8 @@
 """
 Say what a model's plans cost on this machine, and which one fits a budget.
 
+Example: pyrdiff plan runs/mine/pipeline --budget_ms 200
+
 Every level is timed once with each scheduler that a plan runs it with (kept in --costs, if given); the times of plans
 are added up from that. With --bench, a result of pyrdiff bench, plans are chosen by measured quality: for
 a target the cheapest that reaches it, within a budget the cheapest of those that cannot be told from the best.

@@ -1,6 +1,8 @@
 """
 List the installed methods, which package each is from, and what failed to load and why.
 
+Example: pyrdiff plugins
+
 Methods are found through the entry-point group pyrdiff.methods. One that fails harms no other.
 """
 

@@ -1,14 +1,14 @@
 """
 Publish an exported folder on the Hub: code, weights, card and pictures, in one commit.
 
+Example: pyrdiff push runs/mine/pipeline user/name --bench bench.json --license apache-2.0 --dry_run
+
 The folder is checked first. A push that is interrupted leaves what was published before. With --dry_run the card,
 the files and their sizes are printed, and nothing is sent.
 """
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-
-import tyro
 
 from pyrdiff.cli import expect, parse
 
@@ -17,15 +17,16 @@ from pyrdiff.cli import expect, parse
 class PushSettings:
     """Flags of `pyrdiff push`."""
 
-    path: tyro.conf.Positional[str]
+    model: str
     """Exported folder."""
-    repo_id: tyro.conf.Positional[str]
+    repo_id: str
     """Repository, user/name; or name for one of your own."""
     private: bool = False
     """Make a new repository private."""
     revision: str | None = None
     """Branch to publish on, made if it does not exist; by default main."""
     commit_message: str | None = None
+    """By default it names the pipeline."""
     bench: str | None = None
     """Result of pyrdiff bench, for the card's table and the Hub's model index."""
     license: str | None = None
@@ -38,8 +39,7 @@ class PushSettings:
     """Print the card and list what would be published."""
 
     def __post_init__(self):
-        if not Path(self.path).is_dir():
-            raise ValueError(f"path={self.path!r}: expected an exported folder")
+        expect(self, "model", Path(self.model).is_dir(), "an exported folder")
         expect(self, "bench", self.bench is None or Path(self.bench).is_file(), "a result of pyrdiff bench")
         expect(self, "pictures", all(Path(picture).is_file() for picture in self.pictures), "files")
         expect(self, "max_megapixels", self.max_megapixels > 0, "a number above 0")
@@ -50,7 +50,7 @@ def main(args: list[str]) -> dict:
     from pyrdiff import hub
 
     done = hub.push(
-        settings.path,
+        settings.model,
         settings.repo_id,
         private=settings.private or None,
         revision=settings.revision,

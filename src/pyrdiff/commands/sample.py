@@ -1,6 +1,8 @@
 """
 Generate images with a model.
 
+Example: pyrdiff sample noto-emoji -n 16 --plan fast -o samples
+
 Image k has a generator of its own, seeded with --seed + k, so that it is the same in every batch and on every run. It
 is written as a file of that number as soon as it is done; report.json says how they were made. A folder holds the
 images of one model and one way of sampling.
@@ -53,11 +55,12 @@ class SampleSettings:
     """Exported folder, or a repository on the Hub; none of its code is run."""
     revision: str | None = None
     """Branch, tag or commit of the repository."""
-    output_dir: str = "samples"
+    output: str = "samples"
     """Folder for the images and report.json; nothing else, so that it can be measured as it is."""
     grid: str | None = None
     """Also draw the first 64 images as one picture, into this file."""
     num_images: int = 16
+    """Images to draw."""
     batch_size: int = 8
     """Images sampled together."""
     seed: int = 0
@@ -94,7 +97,7 @@ class SampleSettings:
     skip_existing: bool = False
     """Leave out images that are there already, made the same way; the others are the same as without."""
     overwrite: bool = False
-    """Replace what lies in --output_dir: images of other models or settings, and files that sample did not make."""
+    """Replace what lies in --output: images of other models or settings, and files that sample did not make."""
 
     def __post_init__(self):
         for name in ("num_images", "batch_size"):
@@ -102,7 +105,7 @@ class SampleSettings:
         given = self.budget_ms is not None and self.budget_ms > 0
         expect(self, "budget_ms", given if self.plan == "auto" else self.budget_ms is None, "a time with --plan auto")
         expect(self, "grid", self.grid is None or not Path(self.grid).is_dir(), "a file to write")
-        expect(self, "output_dir", not Path(self.output_dir).exists() or Path(self.output_dir).is_dir(), "a folder")
+        expect(self, "output", not Path(self.output).exists() or Path(self.output).is_dir(), "a folder")
         expect(self, "max_megapixels", self.max_megapixels > 0, "a number above 0")
         expect(self, "seed", 0 <= self.seed <= 2**63 - self.num_images, "0 or more, below 2**63 for the last image")
         call_arguments(self)
@@ -294,14 +297,14 @@ def refuse_mixing(paths: list[Path], outputs: Outputs) -> list[Path]:
     """
     from pyrdiff.data.images import extensions
 
-    outputs.check(paths, "output_dir")
+    outputs.check(paths, "output")
     folder, known = paths[0].parent, set(paths)
     there = sorted(folder.iterdir()) if folder.is_dir() else []
     images = [path for path in there if path.suffix.lower() in extensions() and not path.name.startswith(".")]
     others = [path for path in images if path not in known and not outputs.has(path)]
     if others and not outputs.overwrite:
         raise ValueError(
-            f"--output_dir={str(folder)!r}: holds {len(others)} images of other models, settings or origin, such as "
+            f"--output={str(folder)!r}: holds {len(others)} images of other models, settings or origin, such as "
             f"{others[0].name}; expected a folder of its own, or --overwrite"
         )
     return [path for path in others if (made_by(path) or "").startswith("sample ")]
@@ -312,12 +315,12 @@ def main(args: list[str]) -> dict:
     check_paths(settings, models=["model"], written=["grid"])
     from tqdm import tqdm
 
-    folder, arguments = Path(settings.output_dir), call_arguments(settings)
+    folder, arguments = Path(settings.output), call_arguments(settings)
     paths = {seed: folder / f"{seed:05d}.png" for seed in range(settings.seed, settings.seed + settings.num_images)}
     outputs = Outputs("sample", recipe(settings), settings.overwrite)
     reports = Outputs("sample report", {}, settings.overwrite)  # of all runs alike: each has its own settings in it
     of_others = refuse_mixing(list(paths.values()), outputs)
-    reports.check([folder / "report.json"], "output_dir")
+    reports.check([folder / "report.json"], "output")
     reports.check([settings.grid] if settings.grid is not None else [], "grid")
     skipped = [seed for seed, path in paths.items() if settings.skip_existing and outputs.has(path)]
     seeds = [seed for seed in paths if seed not in set(skipped)]

@@ -1,13 +1,17 @@
-"""Train a model on a folder of images. The same command run again resumes."""
+"""
+Train a model on a folder of images. The same command run again resumes.
+
+Example: pyrdiff train pddpm --train_data_dir my_images --minutes 60 -o runs/mine
+"""
 
 from pyrdiff.cli import parse
 from pyrdiff.commands.paths import check_paths
-from pyrdiff.plugins import find, methods, plugins
+from pyrdiff.plugins import Method, find, methods, plugins
 
 
 def main(args: list[str]) -> dict | None:
     if not args or args[0] in ("-h", "--help"):
-        print(f"usage: pyrdiff train METHOD [flags]\n\n{__doc__}\n")
+        print(f"usage: pyrdiff train METHOD [flags]\n{__doc__}")
         for name, method in methods().items():
             print(f"  {name.replace('_', '-'):<13} {method.summary}")
         for plugin in plugins():
@@ -18,8 +22,13 @@ def main(args: list[str]) -> dict | None:
     if args[0].startswith("-"):
         raise ValueError(f"pyrdiff train {args[0]}: expected a method first, one of {sorted(methods())}")
     method = find(args[0])
-    settings = parse(method.settings, method.summary, args[1:], prog=f"pyrdiff train {args[0]}")
+    settings = parse(method.settings, describe(args[0], method), args[1:], prog=f"pyrdiff train {args[0]}")
     check_paths(settings, images=["train_data_dir"])
     from pyrdiff.training import loop
 
     return {"pipeline": str(loop.train(method, settings))}
+
+
+def describe(name: str, method: Method) -> str:
+    """The text of a method's `--help`."""
+    return f"{method.summary}\n\nExample: pyrdiff train {name} --train_data_dir my_images --minutes 60 -o runs/mine"

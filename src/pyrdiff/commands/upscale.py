@@ -1,6 +1,8 @@
 """
 Enlarge a picture, or a folder with the folders below it.
 
+Example: pyrdiff upscale noto-emoji -i photos -o larger -s 4
+
 Each result keeps the alpha channel (enlarged bicubically), EXIF, ICC profile, DPI, XMP, IPTC, comments and PNG texts of
 its file as far as its format has a place for them; what could not be kept is in the report. Pictures are enlarged as
 they are shown, and stored as they were. The consistency in the report is that of the file that was written. Files are
@@ -86,6 +88,7 @@ class UpscaleSettings:
     hard_consistency: bool = False
     """Made smaller, the output gives the input."""
     seed: int = 0
+    """Of the first noise; each picture has its own, by its path."""
     device: str | None = None
     """By default the GPU if there is one."""
     report: str | None = None
