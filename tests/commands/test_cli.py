@@ -103,7 +103,7 @@ def test_the_settings_of_a_training_are_a_config(tmp_path):
 
 
 @pytest.mark.parametrize("text, said", [
-    ("modle: m", "has the unknown key 'modle'; expected one of ['arguments', 'batch_size'"),
+    ("modle: m", "has the unknown key 'modle'; expected one of ['adapter', 'arguments', 'batch_size'"),
     ("model:", "has no value for 'model'"),
     ("[1, 2]", "holds a list; expected names and values"),
     ("model: [", "cannot be read as YAML or JSON"),

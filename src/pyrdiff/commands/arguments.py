@@ -37,14 +37,14 @@ GROUPS = {  # of --help; what is in none of them is the method's own
     "validation_data_dir degradation",
     "size": "resolution resolutions scale_factor patch_size image_channels tile tile_pad",
     "output": "output grid report suffix ext skip_existing overwrite keep_going",
-    "sampling": "num_images plan budget_ms num_inference_steps refine_steps refine_strength num_passes classes "
+    "sampling": "adapter num_images plan budget_ms num_inference_steps refine_steps refine_strength num_passes classes "
     "guidance_scale guidance_interval guidance operator color_fix hard_consistency arguments",
     "measuring": "metrics features weights feature_weights lpips_network lpips_weights channels crop_border resamples "
     "arms only runs tune tune_minutes target bench costs",
     "run": "batch_size train_batch_size seed device dtype mixed_precision channels_last compile revision "
     "max_megapixels trust_remote_code update_code",
     "length": "minutes max_train_steps checkpointing_steps checkpoints_total_limit resume_from_checkpoint init_from "
-    "save_images_steps eval_batch_size logging_steps report_to",
+    "lora_rank save_images_steps eval_batch_size logging_steps report_to",
     "optimiser": "learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon "
     "max_grad_norm gradient_accumulation_steps use_ema ema_max_decay ema_inv_gamma ema_power",
     "publishing": "private commit_message license pictures dry_run push_to_hub hub_model_id hub_private_repo "

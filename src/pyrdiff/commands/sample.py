@@ -55,6 +55,8 @@ class SampleSettings:
     """Exported folder, or a repository on the Hub; none of its code is run."""
     revision: str | None = None
     """Branch, tag or commit of the repository."""
+    adapter: tuple[str, ...] | None = None
+    """Adapters that were trained over the model: folders or repositories, each perhaps with a weight, FOLDER:0.7."""
     output: str = "samples"
     """Folder for the images and report.json; nothing else, so that it can be measured as it is."""
     grid: str | None = None
@@ -207,6 +209,7 @@ def load(settings: SampleSettings, arguments: dict) -> "DiffusionPipeline":
     import torch
 
     import pyrdiff
+    from pyrdiff import hub
     from pyrdiff.hub.loading import check_megapixels
 
     check_megapixels("the call", arguments, settings.max_megapixels)
@@ -216,7 +219,10 @@ def load(settings: SampleSettings, arguments: dict) -> "DiffusionPipeline":
         revision=settings.revision,
         dtype=getattr(torch, settings.dtype),
         max_megapixels=settings.max_megapixels,
+        adapters=hub.parse_adapters(settings.adapter or ()),
     )
+    if settings.adapter:
+        hub.merge_adapters(pipeline)  # as quick as without
     check_call(pipeline, arguments)
     check_classes(pipeline, arguments)
     pipeline.set_progress_bar_config(disable=True)
@@ -268,7 +274,11 @@ def write_json(report: dict, target: Path, outputs: Outputs | None = None) -> No
 def recipe(settings: SampleSettings) -> dict:
     """What decides how the image of a seed looks: the model as it is now, and the flags of the call."""
     flags = (*FLAGS, "budget_ms", "arguments", "dtype", "revision")
-    return {**model_as_it_is(settings.model), **{flag: getattr(settings, flag) for flag in flags}}
+    return {
+        **model_as_it_is(settings.model),
+        **adapters_as_they_are(settings.adapter),
+        **{flag: getattr(settings, flag) for flag in flags},
+    }
 
 
 def model_as_it_is(name: str) -> dict:
@@ -279,6 +289,15 @@ def model_as_it_is(name: str) -> dict:
     stats = {path.relative_to(model).as_posix(): path.stat() for path in found}
     parts = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
     return {"model": str(model.resolve()) if parts else name, "parts": parts}
+
+
+def adapters_as_they_are(adapters: Sequence[str] | None) -> dict:
+    """The adapters of a flag, their weights, and the state of their files; nothing if there are none."""
+    if not adapters:
+        return {}
+    from pyrdiff.hub import parse_adapters
+
+    return {"adapters": [[model_as_it_is(place), weight] for place, weight in parse_adapters(adapters).items()]}
 
 
 def refuse_mixing(paths: list[Path], outputs: Outputs) -> list[Path]:

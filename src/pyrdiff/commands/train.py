@@ -26,7 +26,8 @@ def main(args: list[str]) -> dict | None:
     check_paths(settings, images=["train_data_dir"])
     from pyrdiff.training import loop
 
-    return {"pipeline": str(loop.train(method, settings))}
+    folder = loop.train(method, settings)
+    return {folder.name: str(folder)}
 
 
 def describe(name: str, method: Method) -> str:

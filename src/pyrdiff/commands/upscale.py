@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
 
 from pyrdiff.cli import complain, expect, parse
 from pyrdiff.commands.paths import check_paths
-from pyrdiff.commands.sample import model_as_it_is, write_json
+from pyrdiff.commands.sample import adapters_as_they_are, model_as_it_is, write_json
 from pyrdiff.machine import open_device, versions
 from pyrdiff.parts.outputs import Outputs
 
@@ -53,6 +53,8 @@ class UpscaleSettings:
 
     model: str
     """Exported folder, or a repository on the Hub; none of its code is run."""
+    adapter: tuple[str, ...] | None = None
+    """Adapters that were trained over the model: folders or repositories, each perhaps with a weight, FOLDER:0.7."""
     input: str
     """File or folder."""
     output: str
@@ -148,7 +150,8 @@ def find_work(settings: UpscaleSettings) -> Plan:
     work = list(map(Work, names, sources, targets))
     if not work:
         raise ValueError(f"--input={settings.input!r}: has nothing to enlarge; expected a folder of images")
-    recipe = {**model_as_it_is(settings.model), **{name: getattr(settings, name) for name in RECIPE}}
+    recipe = {**model_as_it_is(settings.model), **adapters_as_they_are(settings.adapter)}
+    recipe |= {name: getattr(settings, name) for name in RECIPE}
     outputs = Outputs("upscale", recipe, settings.overwrite)
     check_targets(work, settings)
     outputs.check(targets, "output")
@@ -201,10 +204,13 @@ def check_targets(work: list[Work], settings: UpscaleSettings) -> None:
 def load(settings: UpscaleSettings) -> "DiffusionPipeline":
     """The pipeline that enlarges, on the device."""
     import pyrdiff
+    from pyrdiff import hub
     from pyrdiff.hub.enlarging import arguments_of, enlarging, image_channels
 
     device = open_device(settings.device)
-    saved = pyrdiff.load(settings.model)
+    saved = pyrdiff.load(settings.model, adapters=hub.parse_adapters(settings.adapter or ()))
+    if settings.adapter:
+        hub.merge_adapters(saved)
     try:
         pipeline = enlarging(saved)
     except ValueError as error:

@@ -53,6 +53,28 @@ Images: {data}
 """
 
 
+ADAPTER_CARD = """
+# {title}
+
+An adapter (LoRA) over the model `{base}`. {description}
+
+```python
+import pyrdiff
+
+pipeline = pyrdiff.load("{base}", adapters={{"PATH_OR_REPO": 1.0}})
+```
+
+With diffusers alone: `pipeline.unet.load_lora_adapter("PATH_OR_REPO", prefix=None, use_safetensors=True)`.
+Both need peft.
+
+## Training
+
+{training}
+
+Images: {data}
+"""
+
+
 def needs_image(pipeline_class: type) -> bool:
     """True if a call cannot do without an image: such a pipeline enlarges or restores, others generate."""
     image = inspect.signature(pipeline_class.__call__).parameters.get("image")
@@ -87,6 +109,31 @@ def write(
         training="\n".join(["| | |", "|---|---|", *rows]) if rows else "Nothing was recorded.",
         data=data or "not described; nor is their licence.",
         limits=limits or "Not described.",
+    )
+    return f"---\n{values.to_yaml()}\n---\n{text}"
+
+
+def write_adapter(
+    title: str,
+    base: str,
+    description: str,
+    license: str | None,
+    training: dict[str, object],
+    data: str | None,
+) -> str:
+    """The card of an adapter that was just trained."""
+    on_hub = base.count("/") == 1
+    values = ModelCardData(
+        library_name="diffusers", license=license, tags=["pyrdiff", "lora"], base_model=base if on_hub else None
+    )
+    text = ADAPTER_CARD.format(
+        title=title,
+        base=base,
+        description=description,
+        training="\n".join(
+            ["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in training.items())]
+        ),
+        data=data or "not described; nor is their licence.",
     )
     return f"---\n{values.to_yaml()}\n---\n{text}"
 

@@ -4,7 +4,7 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,6 +102,7 @@ def load(
     local_files_only: bool = False,
     torch_dtype: torch.dtype | None = None,
     max_megapixels: float = MAX_MEGAPIXELS,
+    adapters: Mapping[str, float] | Sequence[str] = (),
 ) -> DiffusionPipeline:
     """
     Loads an exported pipeline with the classes of installed methods: code in the folder is neither fetched nor run, and
@@ -121,13 +122,17 @@ def load(
         token, cache_dir, local_files_only: For the download.
         torch_dtype: What `dtype` was called before.
         max_megapixels: The most pixels, in millions, of an image that the configs and the plans ask for.
+        adapters: Folders or repositories of adapters that were trained over this model; a mapping gives each a weight,
+            by default 1. They stay apart in the network: `pipeline.unet.set_adapters` weights them anew, and
+            `pyrdiff.hub.merge_adapters(pipeline)` adds them to the weights.
 
     Returns:
         The pipeline.
 
     Raises:
         ValueError: if there is no such folder, or it is not an export of a known pipeline, or something in it is not
-            what its classes expect. The file and the key are named.
+            what its classes expect, or an adapter is for another base. The file and the key are named.
+        ImportError: for adapters where peft is not installed.
 
     Example:
         >>> import pyrdiff
@@ -137,6 +142,9 @@ def load(
     """
     if dtype is not None and torch_dtype not in (None, dtype):
         raise ValueError(f"dtype={dtype}, torch_dtype={torch_dtype}: expected one of the two")
+    from .adapters import add_adapters, saved_digest, weighted  # which build on this module
+
+    weights = weighted(adapters)
     dtype = torch_dtype if dtype is None else dtype
     if not isinstance(dtype, torch.dtype | None):
         raise ValueError(f"dtype={dtype!r}: expected a dtype of torch, such as torch.float16")
@@ -155,7 +163,10 @@ def load(
         raise ValueError(f"{asked}{folder / INDEX} of {saved.pipeline_class.__name__} has no {sorted(missing)}")
     if repository is not None:
         repository.fetch(repository.weights(saved.parameters()))
-    return build(saved, chosen, dtype, variant)
+    pipeline = build(saved, chosen, dtype, variant)
+    if weights:
+        add_adapters(pipeline, weights, saved_digest(saved.components["unet"], variant))
+    return pipeline
 
 
 # The index and the configs.

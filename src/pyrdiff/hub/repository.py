@@ -44,6 +44,14 @@ def local_folder(path_or_repo: str | os.PathLike) -> Path | None:
     return None
 
 
+def public_name(place: str | os.PathLike) -> str:
+    """What others may know a model by: its name, its repository, or its folder without the path to it."""
+    if not Path(place).exists():
+        return str(place)
+    folder = Path(place).resolve()
+    return folder.parent.name if folder.name in ("pipeline", "adapter") else folder.name
+
+
 @dataclass
 class Repository:
     """

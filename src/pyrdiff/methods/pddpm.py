@@ -69,6 +69,8 @@ class PyramidalSettings(TrainingSettings):
         self._above_zero("tune_minutes")
         both = (self.tune_minutes is None) == (self.held_out_dir is None)
         self._check("tune_minutes", both, "held_out_dir beside it, with images that are not trained on, or neither")
+        adapts = self.lora_rank is not None
+        self._check("tune_minutes", not (adapts and self.tune_minutes), "none with lora_rank: plans are the base's")
         self._check("label_dropout", 0 < self.label_dropout < 1, "a number in (0, 1)")
         self._check("snr_gamma", self.snr_gamma is None or self.snr_gamma > 0, "a number above 0")
 

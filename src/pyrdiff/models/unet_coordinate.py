@@ -3,6 +3,7 @@
 import torch
 from diffusers import ModelMixin, UNet2DModel  # noqa: F401  (ModelMixin: diffusers looks it up in this namespace)
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from pyrdiff.parts.presets import Presets, unet_arguments
@@ -50,7 +51,7 @@ PRESETS = {
 }
 
 
-class CoordinateUNet2DModel(KeepsSource, Presets, UNet2DModel):
+class CoordinateUNet2DModel(KeepsSource, Presets, PeftAdapterMixin, UNet2DModel):
     r"""
     `UNet2DModel` that also sees where every pixel lies in the whole image (paper P, eq. 7 and 8).
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin, UNet2DModel  # noqa: F401  (ModelMixin: diffusers looks it up in this namespace)
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
@@ -67,7 +68,7 @@ class LowResInjection(nn.Module):
         return [project(low_res) for project in self.project]
 
 
-class ResidualSRUNet2DModel(KeepsSource, Presets, UNet2DModel):
+class ResidualSRUNet2DModel(KeepsSource, Presets, PeftAdapterMixin, UNet2DModel):
     r"""
     `UNet2DModel` that predicts the noise of a residual or an image, given the low-resolution image (paper S).
 

@@ -30,7 +30,8 @@ class Learner:
         channels_last = on_gpu if settings.channels_last is None else settings.channels_last
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.network = self.lay_out(network)
-        self.parameters = list(network.parameters())
+        self.trained = trained_parameters(network)
+        self.parameters = list(self.trained.values())
         self.adamw = torch.optim.AdamW(
             self.parameters,
             lr=settings.learning_rate,
@@ -85,19 +86,22 @@ class Learner:
 
     def unusable(self) -> str | None:
         """The first tensor of the weights, or of their average, with values that no run goes on from."""
-        names = [name for name, _ in self.network.named_parameters()]
-        average = {} if self.ema is None else dict(zip(names, self.ema.shadow_params, strict=True))
+        average = {} if self.ema is None else dict(zip(self.trained, self.ema.shadow_params, strict=True))
         return min([*unusable(self.network.state_dict()), *unusable(average)], default=None)
+
+    def _kept(self) -> dict[str, torch.Tensor]:
+        """The weights that a checkpoint keeps: all, or those of the adapter that is trained."""
+        state = self.network.state_dict()
+        return {name: state[name] for name in self.trained} if has_adapter(self.network) else state
 
     def tensors(self) -> Tensors:
         state = self.adamw.state_dict()["state"]
         tensors = {
-            "model": self.network.state_dict(),
+            "model": self._kept(),
             "optimizer": {f"{i}.{key}": value for i, values in state.items() for key, value in values.items()},
         }
         if self.ema is not None:
-            names = [name for name, _ in self.network.named_parameters()]
-            tensors["ema"] = dict(zip(names, self.ema.state_dict()["shadow_params"], strict=True))
+            tensors["ema"] = dict(zip(self.trained, self.ema.state_dict()["shadow_params"], strict=True))
         return tensors
 
     def state(self) -> dict[str, Any]:
@@ -115,13 +119,13 @@ class Learner:
             ValueError: if it lacks the average.
             CheckpointError: if its tensors are not those of this network in training. Nothing was taken over then.
         """
-        check_tensors(saved.path, saved.state["step"], saved.tensors, self.network)
-        self.network.load_state_dict(saved.tensors["model"])
+        check_tensors(saved.path, saved.state["step"], saved.tensors, self._kept(), self.trained)
+        self.network.load_state_dict(saved.tensors["model"], strict=False)  # of an adapter's run without its base
         self._load_adamw(saved.tensors["optimizer"])
         if self.ema is not None:
             if "ema" not in saved.tensors:
                 raise ValueError(f"use_ema=True: {saved.path} was trained without; expected use_ema=False")
-            named = self.network.named_parameters()
+            named = self.trained.items()
             shadow = [torch.empty_like(value).copy_(saved.tensors["ema"][name]) for name, value in named]
             counter = {"optimization_step": saved.state["ema"]["optimization_step"], "shadow_params": shadow}
             self.ema.load_state_dict({**self.ema.state_dict(), **counter})
@@ -137,6 +141,16 @@ class Learner:
                 value = torch.empty_like(like, dtype=value.dtype).copy_(value)
             state.setdefault(int(index), {})[key] = value
         self.adamw.load_state_dict({"state": state, "param_groups": self.adamw.state_dict()["param_groups"]})
+
+
+def has_adapter(network: torch.nn.Module) -> bool:
+    return bool(getattr(network, "peft_config", None))
+
+
+def trained_parameters(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that are trained, by name: all, or those of an adapter."""
+    only = has_adapter(network)
+    return {name: value for name, value in network.named_parameters() if value.requires_grad or not only}
 
 
 def learning_rate(settings: TrainingSettings, step: int, total_steps: int) -> float:

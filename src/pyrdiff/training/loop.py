@@ -72,7 +72,7 @@ def train(method: Method, settings: TrainingSettings, clock: Callable[[], float]
             CPU time, and what else the machine does has no part in how long the run is.
 
     Returns:
-        The exported folder, `output_dir/pipeline`.
+        The exported folder, `output_dir/pipeline`, or `output_dir/adapter` with `lora_rank`.
 
     Raises:
         ValueError: for bad input, before any work, and for a folder that another process trains in.
@@ -152,11 +152,13 @@ class Run:
         self.accelerator, self.batches, self.watch, self.repo_id, self.locks = surroundings
         self.images = self.batches.images
         self.scheduler = self.method.scheduler(self.settings, self.images)
-        if stage.start is not None:
-            stage.start.check_scheduler(self.scheduler)
+        self.start = stage.start
+        if self.start is not None:
+            self.start.check_scheduler(self.scheduler)
         self.pipeline = self.method.pipeline(self.settings, network, self.scheduler, self.images)
         self.identity = self._identity(network, given)
-        self.identity["start"] = None if stage.start is None else stage.start.digest()
+        self.identity["start"] = None if self.start is None else self.start.digest()
+        self.identity["lora_rank"] = self.settings.lora_rank
         self.folder = RunFolder(stage.folder, self.settings, self.locks.get(stage.folder))
         self.learner = Learner(network, self.settings, self.accelerator)
         self.budget = Budget(self.watch, self.settings.minutes)
@@ -392,26 +394,33 @@ class Run:
         return self.learner.lay_out(network).eval().requires_grad_(False)
 
     def export(self) -> Path:
-        """Exports the pipeline with the averaged weights, after a last sample grid; publishes it where that is wanted.
+        """
+        Exports the pipeline with the averaged weights, or the adapter, after a last sample grid; publishes it where
+        that is wanted.
 
         Returns:
             The exported folder.
         """
-        target = self.folder.path / "pipeline"
+        adapts = self.settings.lora_rank is not None
+        target = self.folder.path / ("adapter" if adapts else "pipeline")
         self._last_preview()
         if self.accelerator.is_main_process:
             self.folder.check()
+            facts = {
+                "description": f"{self.method.summary} Trained for {self.step} steps on {len(self.images)} images.",
+                "license": self.settings.license,
+                "training": reports.card_facts(self),
+                "data": self.settings.data_description,
+            }
             with self.learner.averaged_weights():
-                hub.export(
-                    self.pipeline,
-                    target,
-                    description=f"{self.method.summary} Trained for {self.step} steps on {len(self.images)} images.",
-                    license=self.settings.license,
-                    training=reports.card_facts(self),
-                    data=self.settings.data_description,
-                    limits=self.method.limits,
-                )
-                if self.method.tune is not None:
+                if adapts:
+                    digest = hub.base_digest(self.start.tensors)
+                    hub.save_adapter(
+                        self.pipeline, target, base=hub.public_name(self.start.place), digest=digest, **facts
+                    )
+                else:
+                    hub.export(self.pipeline, target, **facts, limits=self.method.limits)
+                if self.method.tune is not None and not adapts:
                     self.method.tune(self.settings, self.pipeline, target)
             reports.closing(self, target)
             if self.step <= self.settings.lr_warmup_steps:

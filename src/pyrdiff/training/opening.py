@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from accelerate import Accelerator
 
+from pyrdiff import hub
 from pyrdiff.data import ImageLevels, ImageSource, MultiScaleBatches, open_source
 from pyrdiff.data.sources import FolderImages
 from pyrdiff.plugins import Method
@@ -32,6 +33,8 @@ def stages_of(method: Method, settings: TrainingSettings) -> list[Stage]:
     if settings.init_from is not None:
         if first is not None:
             raise ValueError(f"init_from={settings.init_from!r}: expected none; {method.name} trains two networks")
+        if settings.lora_rank is not None:
+            hub.require_peft()
         start = open_start(settings.init_from, method.name)
     return [*before, Stage(method, settings, folder, start)]
 
@@ -45,6 +48,9 @@ def network_of(stage: Stage, source: ImageSource) -> torch.nn.Module:
         return method.model(settings, settings.image_channels, **named)
     network = start.network(method, settings, **named)
     start.copy_into(network)
+    if settings.lora_rank is not None:
+        start.check_same(network)
+        hub.inject(network, settings.lora_rank)
     return network
 
 

@@ -54,7 +54,9 @@ def check_state(path: Path, step: int, state: object, averaged: bool) -> None:
     expect("scaler", scaler is None or scaler.get("scale", 0) > 0, "a scale above 0")
 
 
-def check_tensors(path: Path, step: int, tensors: Tensors, network: torch.nn.Module) -> None:
+def check_tensors(
+    path: Path, step: int, tensors: Tensors, kept: Mapping[str, torch.Tensor], trained: Mapping[str, torch.nn.Parameter]
+) -> None:
     """
     Refuses tensors that are not those of a network in training: by names, shapes, kinds and values.
 
@@ -62,7 +64,7 @@ def check_tensors(path: Path, step: int, tensors: Tensors, network: torch.nn.Mod
         path: The checkpoint.
         step: Its step.
         tensors: What it holds: "model", "optimizer" and, if an average was kept, "ema".
-        network: The network of the run.
+        kept, trained: What the run keeps of its network, and which weights it trains.
 
     Raises:
         CheckpointError: the file and the tensor are named.
@@ -70,11 +72,10 @@ def check_tensors(path: Path, step: int, tensors: Tensors, network: torch.nn.Mod
     unknown = sorted(set(tensors) - {"model", "optimizer", "ema"})
     if unknown or not {"model", "optimizer"} <= set(tensors):
         raise CheckpointError(f"{path}: holds {_short(sorted(tensors))}: expected model, optimizer and perhaps ema")
-    parameters = dict(network.named_parameters())
-    _check_group(path / "model.safetensors", tensors["model"], network.state_dict())
+    _check_group(path / "model.safetensors", tensors["model"], kept)
     if "ema" in tensors:
-        _check_group(path / "ema.safetensors", tensors["ema"], parameters)
-    _check_adamw(path / "optimizer.safetensors", step, tensors["optimizer"], list(parameters.values()))
+        _check_group(path / "ema.safetensors", tensors["ema"], trained)
+    _check_adamw(path / "optimizer.safetensors", step, tensors["optimizer"], list(trained.values()))
 
 
 def _check_group(file: Path, saved: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:

@@ -46,8 +46,11 @@ class TrainingSettings:
     init_from: str | None = None
     """Begin with the weights of a trained network instead of random ones: folder or repository of a pipeline (of this
     method or stock diffusion), a finished training, a checkpoint folder or a bundled model. Its architecture stays."""
+    lora_rank: int | None = None
+    """With init_from: train an adapter (LoRA) of this rank, a small file that is loaded over that model, instead of all
+    its weights; 4 to 32 are usual."""
     output_dir: str = "runs/model"
-    """Checkpoints, samples, log.jsonl, and the finished pipeline in its folder `pipeline`."""
+    """Checkpoints, samples, log.jsonl, and the finished pipeline in its folder `pipeline` (an adapter: `adapter`)."""
     resolution: tuple[str, ...] = ("64",)
     """Size of the images, a number or HEIGHTxWIDTH."""
     patch_size: int | None = None
@@ -120,13 +123,16 @@ class TrainingSettings:
         if (self.train_data_dir is None) == (self.dataset_name is None):
             raise ValueError("expected one of train_data_dir and dataset_name")
         self._at_least(1, "train_batch_size", "max_train_steps", "gradient_accumulation_steps", "checkpointing_steps")
-        self._at_least(1, "checkpoints_total_limit", "eval_batch_size", "logging_steps", "patch_size")
+        self._at_least(1, "checkpoints_total_limit", "eval_batch_size", "logging_steps", "patch_size", "lora_rank")
         self._at_least(0, "lr_warmup_steps", "save_images_steps", "seed", "adam_weight_decay")
         self._above_zero("learning_rate", "max_grad_norm", "adam_epsilon", "minutes")
         for name in ("adam_beta1", "adam_beta2", "ema_max_decay"):
             self._check(name, 0 <= getattr(self, name) < 1, "a number in [0, 1)")
         self._check("resolution", len(self.sizes) > 0, "at least one size")
         self._check("hub_model_id", self.hub_model_id is None or self.push_to_hub, "none without push_to_hub")
+        if self.lora_rank is not None:
+            self._check("init_from", self.init_from is not None, "the model that the adapter is for, with lora_rank")
+            self._check("push_to_hub", not self.push_to_hub, "False with lora_rank; hf upload publishes an adapter")
         self._check("background", all(0 <= value <= 255 for value in self.background), "numbers from 0 to 255")
 
     @property

@@ -18,6 +18,7 @@ from .settings import TrainingSettings
 INPUT = "conv_in.weight"  # a network may have more channels there than the one that it begins with
 CLASSES = "class_embedding.weight"  # a network may have it where the one that it begins with knows no classes
 OF_THE_DATA = ("sample_size", "resolutions", "scale_factors", "noise_window")  # settings that fit any weights
+IN_FLAGS = {"resolutions": "resolution", "scale_factors": "scale_factor"}  # which flag such a setting is from
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,23 @@ class Start:
                 )
             fitted[key] = given
         network.load_state_dict(fitted)
+
+    def check_same(self, network: torch.nn.Module) -> None:
+        """
+        Refuses a network that is to be trained at other sizes than this one, or on classes that this one does not know:
+        an adapter has no place for them.
+        """
+        if CLASSES in network.state_dict() and CLASSES not in self.tensors:
+            raise ValueError(f"init_from={self.place!r}: knows no classes; expected class_labels=False with lora_rank")
+        here, there = dict(network.config), dict(self.config)
+        if not there.get("resolutions") and here.get("resolutions") and there.get("sample_size"):
+            there["resolutions"] = [there["sample_size"]]
+        for name, flag in IN_FLAGS.items():
+            if there.get(name) and name in here and _as_json(here[name]) != _as_json(there[name]):
+                raise ValueError(
+                    f"{flag}: the network of init_from={self.place!r} was trained with {there[name]}, this run has "
+                    f"{here[name]}; expected the same with lora_rank"
+                )
 
     def check_scheduler(self, scheduler) -> None:
         """Refuses a run with another noise process or another prediction, for which these weights mean nothing."""

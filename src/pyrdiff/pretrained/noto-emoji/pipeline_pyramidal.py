@@ -944,6 +944,11 @@ def check_bare(components: dict[str, object]) -> None:
     """Refuses networks with anything around them but what compiles: it would be saved in their place."""
     for name, component in components.items():
         inside = getattr(component, "_orig_mod", component)
+        if getattr(inside, "peft_config", None) and inside is plain(inside):
+            raise ValueError(
+                f"{name}: expected it without adapters, to save it; `pyrdiff.hub.merge_adapters(pipeline)` adds them "
+                "to its weights, and `unload_lora()` takes them out"
+            )
         if isinstance(inside, torch.nn.Module) and inside is not plain(inside):
             raise ValueError(
                 f"{name}={type(inside).__name__}: expected the {type(plain(inside)).__name__} inside, to save it; with "

@@ -10,6 +10,7 @@ import sys
 import torch
 from diffusers import ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -214,7 +215,7 @@ PRESETS = {
 }
 
 
-class CoordinateUNet2DModel(KeepsSource, Presets, UNet2DModel):
+class CoordinateUNet2DModel(KeepsSource, Presets, PeftAdapterMixin, UNet2DModel):
     r"""
     `UNet2DModel` that also sees where every pixel lies in the whole image (paper P, eq. 7 and 8).
 
