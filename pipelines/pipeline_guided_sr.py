@@ -449,7 +449,7 @@ class GuidedSRPipeline(SamplingPipeline, DiffusionPipeline):
             target = given[-1]
         else:
             raise ValueError("scale_factor=None: expected resolutions then, with the output's size last")
-        sizes = self._halves(small, target) if given is None else given
+        sizes = self.sizes_between(small, target) if given is None else given
         if sizes[-1] != target:
             raise ValueError(f"resolutions={resolutions}: expected {target} last, for scale_factor={scale_factor}")
         for low, high in zip([small, *sizes], sizes, strict=False):
@@ -474,8 +474,11 @@ class GuidedSRPipeline(SamplingPipeline, DiffusionPipeline):
         return target
 
     @staticmethod
-    def _halves(small: tuple[int, int], target: tuple[int, int]) -> list[tuple[int, int]]:
-        """The target and its halves, rounded up, that are larger than the input; low to high."""
+    def sizes_between(small: tuple[int, int], target: tuple[int, int]) -> list[tuple[int, int]]:
+        """
+        The levels that lead from an input of one size (height, width) to an output of another, for `resolutions`: the
+        target and its halves, rounded up, that are larger than the input; low to high.
+        """
         sizes, half = [target], target
         while max(half) > 1:
             half = tuple(math.ceil(side / 2) for side in half)

@@ -22,6 +22,7 @@ ROOMS = {
     "training": {"training", "plugins", "data", "models", "schedulers", "pipelines", "hub"},
     "methods": {"methods", "plugins", "training", "data", "models", "schedulers", "pipelines", "plan", "metrics"},
     "hub": {"hub", "plugins"},
+    "upscaling": {"upscaling", "data", "hub"},
 }
 
 

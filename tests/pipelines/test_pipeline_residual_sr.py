@@ -387,6 +387,40 @@ def test_a_window_gets_its_part_of_both_images():
     assert torch.equal(WindowedNetwork(echo, 2, None).predict(sample, torch.ones(1), low)[:, :1], sample)
 
 
+@pytest.mark.parametrize("pixels, calls", [(0, 15), (8 * 8 * 2 * 4, 4), (2**20, 1)])
+def test_windows_go_through_the_network_together(monkeypatch, pixels, calls):
+    """Of several images with a noise level and a condition of their own."""
+    monkeypatch.setattr(WindowedNetwork, "PIXELS_TOGETHER", {"cpu": pixels})
+    sizes = []
+
+    def echo(sample, level, low_res):
+        sizes.append(len(sample))
+        return sample * level[:, None, None, None] + low_res
+
+    sample, low = pictures(2, 1, 13, 22), pictures(2, 1, 13, 22, seed=1)
+    level = torch.tensor([0.25, 0.75])
+    found = WindowedNetwork(echo, 2, Tiling(8, 4)).predict(sample, level, low)
+    torch.testing.assert_close(found, sample * level[:, None, None, None] + low, atol=1e-6, rtol=0)
+    assert len(sizes) == calls and sum(sizes) == 2 * 15
+
+
+def test_fewer_windows_go_together_before_they_are_halved(monkeypatch):
+    monkeypatch.setattr(WindowedNetwork, "PIXELS_TOGETHER", {"cpu": 2**20})
+    sizes = []
+
+    def limited(sample, level, low_res):
+        sizes.append(len(sample))
+        if len(sample) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return sample
+
+    sample = pictures(1, 1, 13, 22)
+    network = WindowedNetwork(limited, 2, Tiling(8, 4))
+    found = network.predict(sample, torch.ones(1), sample)
+    torch.testing.assert_close(found, sample, atol=1e-6, rtol=0)
+    assert sizes == [15, 7, *[3] * 5] and network.tiling.side == 8
+
+
 def test_windows_are_halved_when_memory_runs_out(monkeypatch):
     unet, sizes = network(), []
     forward = unet.forward

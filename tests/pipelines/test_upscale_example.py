@@ -30,12 +30,12 @@ from pyrdiff import (
     ResidualSRUNet2DModel,
     hub,
 )
-from pyrdiff.commands import upscale
 from pyrdiff.commands.upscale import UpscaleSettings
 from pyrdiff.data import fill_hidden
 from pyrdiff.hub.enlarging import enlarging
 from pyrdiff.parts.operators import SeparableOperator
 from pyrdiff.parts.outputs import RECORD
+from pyrdiff.upscaling.enlarger import Enlarger
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "upscale.py"
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -328,7 +328,7 @@ def test_two_inputs_with_one_result(run, tmp_path):
 def test_another_extension(run, tmp_path, monkeypatch):
     save(noise("RGBA"), tmp_path / "in/a.png")
     with monkeypatch.context() as patch:  # no time is spent on what could not be written
-        patch.setattr(upscale, "enlarge", None)
+        patch.setattr(Enlarger, "enlarge", None)
         code, lines, _ = run(tmp_path / "in", tmp_path / "out", "--ext", "jpg")
     assert code == 2 and lines == ["error: a.png: JPEG holds no transparency; expected png, webp or tif"]
     save(noise(), tmp_path / "in/b.gif")
@@ -345,8 +345,6 @@ def test_one_file(run, tmp_path):
     code, *_ = run(source, tmp_path / "folder", "--report", tmp_path / "told/r.json")
     assert code == 0 and files(tmp_path / "folder") == ["a.png"]
     assert json.loads((tmp_path / "told/r.json").read_text())["files"][0]["output"] == "a.png"
-    code, lines, _ = run(source, tmp_path / "third", "--outscale", 1.5)
-    assert code == 2 and "expected whole sides" in lines[0] and not files(tmp_path / "third")
 
 
 def test_a_gray_model(run, tmp_path):
@@ -375,7 +373,6 @@ def test_a_model_made_to_enlarge(run, tmp_path, models):
 
 
 @pytest.mark.parametrize("flags, said, channels", [
-    (["--outscale", 4], "--scale_factor=4.0: expected one of [2, 3] for this model", "sr"),
     (["--outscale", 2, "--refine_steps", 2], "--refine_steps=2: expected nothing for a model", "sr"),
     (["--outscale", 2, "--plan", "long"], "plan='long'", "sr"),
     (["--outscale", 2, "--plan", "short", "--num_inference_steps", 2], "--num_inference_steps=2: expected", "sr"),
@@ -391,6 +388,10 @@ def test_flags_of_the_other_kind_of_model(run, tmp_path, flags, said, channels):
     (["--outscale", 0.5], "--scale_factor=0.5"),
     (["--outscale", "nan"], "--scale_factor=nan"),
     (["--tile", 0], "--tile=0"),
+    (["--width", 0], "--width=0"),
+    (["--width", 9, "--outscale", 2], "--scale_factor=2.0: expected either it or a size"),
+    (["--max_megapixels", 0], "--max_megapixels=0"),
+    (["--tile", 7], "tile=7"),
     (["--tile", 16, "--tile_pad", 16], "--tile_pad=16"),
     (["--tile_pad", 4], "--tile_pad=4"),
     (["--refine_steps", 0], "--refine_steps=0"),
@@ -603,3 +604,56 @@ def test_a_name_as_long_as_names_can_be(run, tmp_path):
     source = save(noise(), tmp_path / "in" / ("n" * 251 + ".png")).parent
     code, lines, report = run(source, tmp_path / "out", "--outscale", 2)
     assert (code, lines) == (0, []) and report["counts"]["done"] == 1
+
+
+@pytest.mark.parametrize("flags, size", [
+    (["--outscale", 1.5], (8, 10)),  # of 5 x 7
+    (["--outscale", 3.3], (16, 23)),
+    (["--outscale", 1], (5, 7)),
+    (["--outscale", 4], (20, 28)),
+    (["--width", 11], (11, 15)),
+    (["--height", 14], (10, 14)),
+    (["--width", 12, "--height", 9], (12, 9)),
+    (["--width", 4, "--height", 9], (4, 9)),
+    (["--width", 3], (3, 4)),
+])  # fmt: skip
+@pytest.mark.parametrize("channels", [3, "sr"])
+def test_any_size(run, tmp_path, flags, size, channels):
+    source = save(noise("RGBA", height=7, width=5), tmp_path / "in/a.png").parent
+    code, lines, report = run(source, tmp_path / "out", *flags, channels=channels)
+    assert (code, lines) == (0, []) and Image.open(tmp_path / "out/a.png").size == size
+    (file,) = report["files"]
+    assert ("consistency" in file) == (min(size[0] - 5, size[1] - 7) >= 0)
+    if channels == "sr":  # made for x2 and x3
+        resampled = size not in ((10, 14), (20, 28))
+        assert any("{}x{} by Lanczos".format(*size) in note for note in file["notes"]) == resampled
+    assert any("enlarged ×2 and ×2" in note for note in file["notes"]) == (channels == "sr" and size[1] in (28, 23))
+
+
+def test_what_is_resampled_is_the_models_result(run, tmp_path, models):
+    source = save(noise(), tmp_path / "in/a.png").parent
+    _, _, report = run(source, tmp_path / "out", "--outscale", 2.5, channels="sr")
+    pipeline = pyrdiff.load(models["sr"])
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(report["files"][0]["seed"])
+    made = pipeline(noise(), 3, generator=generator, output_type="np").images[0]
+    bands = [Image.fromarray(made[..., band]).resize((12, 15), Image.LANCZOS) for band in range(3)]
+    expected = np.stack([np.asarray(band) for band in bands], -1).clip(0, 1) * 255
+    assert np.abs(np.asarray(Image.open(tmp_path / "out/a.png")) - expected).max() <= 1
+
+
+def test_an_input_is_met_at_any_size(run, tmp_path):
+    rows, columns = np.mgrid[60:180:10, 60:180:10]
+    smooth = Image.fromarray(np.stack([rows, columns, rows], -1).astype(np.uint8))
+    source = save(smooth, tmp_path / "in/a.png").parent
+    _, _, report = run(source, tmp_path / "out", "--outscale", 1.7, "--hard_consistency", channels="sr")
+    assert report["files"][0]["output_size"] == [20, 20] and report["files"][0]["largest_difference"] < 1.6 / 255
+
+
+def test_a_result_that_is_too_large(run, tmp_path, monkeypatch):
+    source = save(noise(), tmp_path / "in/a.png").parent
+    code, lines, _ = run(source, tmp_path / "out", "--width", 50_000, channels="sr")
+    assert code == 2 and "a.png: would be 50000x60000, 3,000 megapixels: expected at most 256" in lines[0]
+    monkeypatch.setattr("pyrdiff.upscaling.enlarger.free_bytes", lambda device: 2**20)
+    code, lines, _ = run(source, tmp_path / "out", "--width", 500, channels="sr")
+    assert code == 2 and "500x600 pixels need" in lines[0] and "0.0 GiB are free" in lines[0]

@@ -35,7 +35,7 @@ GROUPS = {  # of --help; what is in none of them is the method's own
     "data": "model repo_id input generated reference low_res paired train_data_dir dataset_name dataset_config_name "
     "image_column array_key class_labels background on_bad_image cache_dir random_flip held_out_dir "
     "validation_data_dir degradation",
-    "size": "resolution resolutions scale_factor patch_size image_channels tile tile_pad",
+    "size": "resolution resolutions scale_factor width height patch_size image_channels tile tile_pad",
     "output": "output grid report suffix ext skip_existing overwrite keep_going",
     "sampling": "adapter num_images plan budget_ms num_inference_steps refine_steps refine_strength num_passes classes "
     "guidance_scale guidance_interval guidance operator color_fix hard_consistency arguments",

@@ -23,20 +23,19 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 from pyrdiff.cli import complain, expect, parse
 from pyrdiff.commands.paths import check_paths
-from pyrdiff.commands.sample import adapters_as_they_are, model_as_it_is, write_json
+from pyrdiff.commands.sample import write_json
+from pyrdiff.commands.upscale_work import Plan, Work, find_work
 from pyrdiff.machine import open_device, versions
 from pyrdiff.parts.outputs import Outputs
+from pyrdiff.upscaling.sizes import Goal
+from pyrdiff.upscaling.telling import Progress, one_line, reason, say
 
 if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
-    from PIL import Image
-
-    from pyrdiff.data import Picture
-    from pyrdiff.parts.operators import SeparableOperator
+    from pyrdiff.upscaling.enlarger import Enlarger
 
 # Flags that are arguments of the pipeline's call, by its name for them.
 ARGUMENTS = {
@@ -45,6 +44,7 @@ ARGUMENTS = {
 ARGUMENTS |= {"hard_consistency": "hard_consistency", "tile": "tile", "tile_pad": "tile_overlap"}
 # What decides how a result looks, beside the model.
 RECIPE = (*ARGUMENTS, "outscale", "seed")
+ADDED = ("width", "height")  # where they are given
 
 
 @dataclass(kw_only=True)
@@ -60,9 +60,15 @@ class UpscaleSettings:
     output: str
     """Folder that mirrors --input; for one file also a file."""
     outscale: float = 4
-    """1 or more; sides must come out whole."""
+    """Any number from 1 up, such as 1.5. What the model cannot make is resampled from the next larger that it can."""
+    width: int | None = None
+    """Of the result, instead of --scale_factor; --height follows unless it is given."""
+    height: int | None = None
+    """Of the result, instead of --scale_factor; --width follows unless it is given."""
+    max_megapixels: float = 256
+    """The most pixels, in millions, of a result."""
     tile: int | None = None
-    """Side of the network's windows on the output, to save memory."""
+    """Side of the network's windows on the output; by default what suits the device."""
     tile_pad: int | None = None
     """Pixels that they overlap by; by default a quarter of --tile."""
     suffix: str = ""
@@ -98,114 +104,32 @@ class UpscaleSettings:
 
     def __post_init__(self):
         expect(self, "outscale", 1 <= self.outscale < math.inf, "1 or more")
-        for name in ("tile", "refine_steps", "num_inference_steps"):
+        expect(self, "outscale", self.outscale == 4 or self.width is self.height is None, "either it or a size")
+        expect(self, "max_megapixels", self.max_megapixels > 0, "a number above 0")
+        for name in ("width", "height", "tile", "refine_steps", "num_inference_steps"):
             expect(self, name, getattr(self, name) is None or getattr(self, name) >= 1, "1 or more")
         overlap = self.tile_pad is None or (self.tile is not None and 0 < self.tile_pad < self.tile)
         expect(self, "tile_pad", overlap, "1 or more, less than --tile")
         expect(self, "num_inference_steps", not (self.num_inference_steps and self.plan), "either it or --plan")
         expect(self, "suffix", not set(self.suffix) & {"/", os.sep, "\0"}, "a part of a file name")
 
+    @property
+    def goal(self) -> Goal:
+        return Goal(self.outscale, self.width, self.height)
 
-class Work(NamedTuple):
-    """A picture: its path below `--input`, its file, and the file to write."""
-
-    name: str
-    source: Path
-    target: Path
-
-
-class Plan(NamedTuple):
-    """The folder of the results, what is to be done, those whose results are there, and the rule for files there."""
-
-    output: Path
-    work: list[Work]
-    done: set[Work]
-    outputs: Outputs
+    @property
+    def recipe(self) -> dict:
+        """The flags that decide how a result looks, as records of earlier versions have them where these suffice."""
+        given = {name: getattr(self, name) for name in ADDED if getattr(self, name)}
+        return {name: getattr(self, name) for name in RECIPE} | given
 
 
-def find_work(settings: UpscaleSettings) -> Plan:
-    """
-    What is to be done.
-
-    Raises:
-        ValueError: if there is nothing to do, or a file would be written over or could not be written.
-    """
-    from pyrdiff.data.files import WRITTEN
-
-    folder, output = Path(settings.input), Path(settings.output)
-    expect(settings, "input", folder.exists(), "a file or a folder")
-    expect(settings, "output", not (folder.is_dir() and output.is_file()), "a folder, as --input is one")
-    expect(settings, "report", not (settings.report and os.path.isdir(settings.report)), "a file to write")
-    sources = find_pictures(folder, output)
-    folder = folder if folder.is_dir() else folder.parent
-    if os.path.isfile(settings.input) and output.suffix.lower() in WRITTEN and not output.is_dir():
-        changed = settings.suffix or settings.ext != "auto"
-        expect(settings, "output", not changed, "a folder, with --suffix or --ext")
-        targets, output = [output], output.parent
-    else:
-        ends = [path.suffix if settings.ext == "auto" else f".{settings.ext}" for path in sources]
-        named = [path.with_name(path.stem + settings.suffix + end) for path, end in zip(sources, ends, strict=True)]
-        targets = [output / path.relative_to(folder) for path in named]
-    names = [path.relative_to(folder).as_posix() for path in sources]
-    work = list(map(Work, names, sources, targets))
-    if not work:
-        raise ValueError(f"--input={settings.input!r}: has nothing to enlarge; expected a folder of images")
-    recipe = {**model_as_it_is(settings.model), **adapters_as_they_are(settings.adapter)}
-    recipe |= {name: getattr(settings, name) for name in RECIPE}
-    outputs = Outputs("upscale", recipe, settings.overwrite)
-    check_targets(work, settings)
-    outputs.check(targets, "output")
-    done = {item for item in work if settings.skip_existing and is_done(item, outputs)}
-    return Plan(output, work, done, outputs)
-
-
-def find_pictures(place: Path, output: Path) -> list[Path]:
-    """The picture, or those of a folder but for what runs of ours wrote and what lies in the folder of the results."""
-    from pyrdiff.data.listing import look_into
-
-    if not place.is_dir():
-        return [place]
-    found, results = look_into(place, leave_out_runs=True), output.resolve()
-    say(str(found))
-    if results == place.resolve():
-        return found.images
-    return [path for path in found.images if not path.resolve().is_relative_to(results)]
-
-
-def is_done(item: Work, outputs: Outputs) -> bool:
-    """True if the result is there as a run with this model and these flags made it, after the picture last changed."""
-    return outputs.has(item.target) and item.target.stat().st_mtime_ns >= item.source.stat().st_mtime_ns
-
-
-def check_targets(work: list[Work], settings: UpscaleSettings) -> None:
-    """
-    Raises:
-        ValueError: if a result would replace an input, or another result, or its format is not written.
-    """
-    from pyrdiff.data.files import WRITTEN
-
-    inputs = {os.path.realpath(source): name for name, source, _ in work}
-    made: dict[str, str] = {}
-    for name, _, target in work:
-        place = os.path.realpath(target)
-        if place in made:
-            raise ValueError(f"--output: {made[place]} and {name} would both be {target}; expected --ext auto")
-        if target.suffix.lower() not in WRITTEN and not settings.keep_going:
-            raise ValueError(
-                f"--output: {name}: files {target.suffix!r} are not written; expected --ext png or another"
-            )
-        if place in inputs:
-            raise ValueError(
-                f"--output: {name} would replace the input {inputs[place]}; expected another folder or --suffix"
-            )
-        made[place] = name
-
-
-def load(settings: UpscaleSettings) -> "DiffusionPipeline":
+def load(settings: UpscaleSettings) -> "Enlarger":
     """The pipeline that enlarges, on the device."""
     import pyrdiff
     from pyrdiff import hub
-    from pyrdiff.hub.enlarging import arguments_of, enlarging, image_channels
+    from pyrdiff.hub.enlarging import arguments_of, enlarging
+    from pyrdiff.upscaling.enlarger import Enlarger
 
     device = open_device(settings.device)
     saved = pyrdiff.load(settings.model, adapters=hub.parse_adapters(settings.adapter or ()))
@@ -220,154 +144,103 @@ def load(settings: UpscaleSettings) -> "DiffusionPipeline":
         kind = "enlarge" if pipeline is saved else "generate"
         good = argument in known or not getattr(settings, name)
         expect(settings, name, good, f"nothing for a model trained to {kind}, a {type(pipeline).__name__}")
-    factors = getattr(getattr(pipeline, "unet", None), "config", {}).get("scale_factors")
-    if pipeline is saved:
-        accepted = f"one of {list(factors)}" if factors else "a whole number"
-        good = settings.outscale in (factors or [round(settings.outscale)])
-        expect(settings, "outscale", good, f"{accepted} for this model")
     if hasattr(pipeline, "cost"):
-        pipeline.cost(64, int(settings.outscale), settings.num_inference_steps, plan=settings.plan)  # checks the plan
+        factors = getattr(getattr(pipeline, "unet", None), "config", {}).get("scale_factors")
+        pipeline.cost(64, max(factors or [2]), settings.num_inference_steps, plan=settings.plan)  # checks the plan
     pipeline = pipeline.to(device)
     pipeline.set_progress_bar_config(disable=True)
-    channels = image_channels(pipeline)
-    if channels not in (1, 3):
-        raise ValueError(f"--model={settings.model!r}: has {channels} channels; expected 1 (gray) or 3 (RGB)")
-    return pipeline
-
-
-def enlarge(pipeline: "DiffusionPipeline", picture: "Picture", seed: int, settings: UpscaleSettings) -> "Picture":
-    """The enlarged picture. It is worked on upright, and without the colours that its alpha hides."""
-    import torch
-
-    from pyrdiff.data import fill_hidden
-    from pyrdiff.hub.enlarging import arguments_of, image_channels
-
-    gray, channels = picture.color.mode == "L", image_channels(pipeline)
-    if channels == 1 and not gray:
-        raise ValueError("a colour image: expected a gray one, for this model of one channel")
-    color, alpha = picture.upright()
-    size = tuple(round(side * settings.outscale) for side in color.size)
-    if alpha is not None:
-        color, alpha = fill_hidden(color, alpha), enlarged_alpha(alpha, size, settings)
-    known = arguments_of(pipeline)
     given = {argument: getattr(settings, name) for name, argument in ARGUMENTS.items() if getattr(settings, name)}
-    if "scale_factor" in known:
-        whole = settings.outscale == round(settings.outscale)
-        given["scale_factor"] = int(settings.outscale) if whole else settings.outscale
-    if "generator" in known:
-        given["generator"] = torch.Generator().manual_seed(seed)
-    output = pipeline(color if channels == 1 else color.convert("RGB"), **given)
-    if not math.isfinite(getattr(output, "consistency", torch.zeros(())).sum().item()):
-        raise ValueError("the model gave values that are no numbers")
-    color = output.images[0]
-    if color.size != size:
-        raise ValueError("a {}x{} image came of it: expected {}x{}".format(*color.size, *size))
-    enlarged = picture.with_shown(color.convert("L") if gray and channels == 3 else color, alpha)
-    if gray and channels == 3:
-        enlarged.notes.append("gray, enlarged as RGB and saved as its luma")
-    return enlarged
+    tile, overlap = given.pop("tile", None), given.pop("tile_overlap", None)
+    enlarger = Enlarger(pipeline, given, tile, overlap)
+    if enlarger.channels not in (1, 3):
+        raise ValueError(f"--model={settings.model!r}: has {enlarger.channels} channels; expected 1 (gray) or 3 (RGB)")
+    return enlarger
 
 
-def enlarged_alpha(alpha: "Image.Image", size: tuple[int, int], settings: UpscaleSettings) -> "Image.Image":
-    """Bicubic; with --hard_consistency projected so that, made smaller, it gives the alpha of the picture."""
-    from PIL import Image
-
-    from pyrdiff.data import image_tensor
-    from pyrdiff.parts.operators import project_onto
-
-    larger = alpha.resize(size, Image.Resampling.BICUBIC)
-    if not settings.hard_consistency:
-        return larger
-    operator = shrinking(size, alpha.size, settings)
-    projected = project_onto(2 * image_tensor([larger], 1) - 1, image_tensor([alpha], 1), operator)
-    return Image.fromarray(((projected[0, 0] + 1) * 127.5).round().byte().numpy())
-
-
-def shrinking(large: tuple[int, int], small: tuple[int, int], settings: UpscaleSettings) -> "SeparableOperator":
-    """The operator that makes (width, height) `small` of `large`."""
-    from pyrdiff.parts.operators import SeparableOperator
-
-    return SeparableOperator.named(settings.operator or "bicubic", large[::-1], small[::-1], 1)
-
-
-def difference(picture: "Picture", made: "Picture", settings: UpscaleSettings) -> tuple[float, float]:
-    """
-    How far the file that was written, made smaller, is from the picture: mean and largest absolute difference in
-    [0, 1], over the colours that are seen and the alpha.
-    """
-    import torch
-
-    from pyrdiff.data import fill_hidden, image_tensor
-
-    (color, alpha), (larger, larger_alpha) = picture.upright(), made.upright()
-    channels = 1 if color.mode == "L" else 3
-    operator = shrinking(larger.size, color.size, settings)
-    seen = torch.ones(())
-    if alpha is not None:
-        color, seen = fill_hidden(color, alpha), image_tensor([alpha], 1)
-    bands = [(operator.A(image_tensor([larger], channels)) - image_tensor([color], channels)).abs() * seen]
-    if alpha is not None:
-        opaque = torch.ones(1, 1, *larger.size[::-1])
-        written = opaque if larger_alpha is None else image_tensor([larger_alpha], 1)
-        bands.append((operator.A(written) - seen).abs())
-    distance = torch.cat(bands, 1)
-    return distance.mean().item(), distance.max().item()
-
-
-def process(pipeline: "DiffusionPipeline", work: Work, settings: UpscaleSettings, outputs: Outputs) -> dict:
+def process(enlarger: "Enlarger", work: Work, settings: UpscaleSettings, outputs: Outputs) -> dict:
     """Enlarges one file. Returns what the report says of it."""
     from pyrdiff.data import check_saving, open_picture, reopen_picture, save_picture, seed_of
+    from pyrdiff.upscaling.pictures import difference, enlarge
 
     began = time.perf_counter()
     path_number = int.from_bytes(hashlib.sha256(work.name.encode("utf-8", "surrogateescape")).digest(), "big")
     seed = seed_of(settings.seed, path_number)
     picture = open_picture(work.source)
-    check_saving(picture, work.target, *(round(side * settings.outscale) for side in picture.color.size))
-    enlarged = enlarge(pipeline, picture, seed, settings)
+    shown = picture.upright()[0].size
+    target = settings.goal.of(shown)
+    check_size(target, settings.max_megapixels)
+    check_saving(picture, work.target, *target)
+    route = enlarger.route(shown, target)
+    enlarger.check_memory(route)
+    enlarged = enlarge(enlarger, picture, route, seed)
     notes = save_picture(enlarged, work.target, outputs.replacing)
-    mean, largest = difference(picture, reopen_picture(work.target), settings)
-    if settings.hard_consistency and largest > 1.5 / 255:
-        notes.append(f"--hard_consistency is not met: up to {255 * largest:.1f}/255 is left in the file")
     told = {"input_size": picture.color.size, "output_size": enlarged.color.size}  # (width, height)
     told |= {"seconds": round(time.perf_counter() - began, 3), "seed": seed}
-    return {"status": "done", **told, "consistency": mean, "largest_difference": largest, "notes": notes}
+    if all(small <= large for small, large in zip(shown, target, strict=True)):
+        mean, largest = difference(enlarger, picture, reopen_picture(work.target))
+        told |= {"consistency": mean, "largest_difference": largest}
+        if settings.hard_consistency and largest > 1.5 / 255:
+            notes.append(f"--hard_consistency is not met: up to {255 * largest:.1f}/255 is left in the file")
+    return {"status": "done", **told, "notes": notes}
 
 
-def enlarge_all(pipeline: "DiffusionPipeline | None", plan: Plan, settings: UpscaleSettings, files: list[dict]) -> None:
-    """Enlarges the files and adds to `files` what became of each. Without `--keep_going` it stops at a failure."""
+def check_size(target: tuple[int, int], most: float) -> None:
+    """
+    Raises:
+        ValueError: for a result of more megapixels.
+    """
+    width, height = target
+    if width * height > most * 1e6:
+        raise ValueError(
+            f"would be {width}x{height}, {width * height / 1e6:,.0f} megapixels: expected at most {most:g} "
+            "(--max_megapixels)"
+        )
+
+
+def announce(enlarger: "Enlarger", plan: Plan, settings: UpscaleSettings) -> list[int]:
+    """Says what is going to be done. Returns for each picture how often a window will go through the network."""
+    from pyrdiff.data.files import shown_size
+
+    counts, first, left = [], "", 0
     for item in plan.work:
-        file = {"input": item.name, "output": item.target.relative_to(plan.output).as_posix()}
-        if item in plan.done:
-            files.append({**file, "status": "skipped", "reason": "the output exists"})
+        size = None if item in plan.done else shown_size(item.source)
+        left += item not in plan.done
+        counts.append(0)
+        if size is None or math.prod(target := settings.goal.of(size)) > settings.max_megapixels * 1e6:
             continue
-        try:
-            files.append({**file, **process(pipeline, item, settings, plan.outputs)})
-        except (ValueError, RuntimeError, OSError, MemoryError) as error:
-            files.append({**file, "status": "failed", "reason": reason(error)})
-            complain(error, f"{one_line(item.name)}: {reason(error)}")
-            if not settings.keep_going:
-                return
-            continue
-        say("; ".join([f"{one_line(item.name)}: {files[-1]['seconds']} s", *files[-1]["notes"]]))
+        route = enlarger.route(size, target)
+        counts[-1] = route.windows
+        by = " and ".join(str(each.counts) for each in route.passes if each.counts)
+        first = first or "{}×{} → {}×{}".format(*size, *target) + (f" by {by}" if by else "")
+    pictures = "1 picture, " if left == 1 else f"{left} pictures, the first "
+    say(f"{pictures}{first or 'which cannot be read'}, by {settings.model} on {enlarger.device}")
+    return counts
 
 
-def say(line: str) -> None:
-    """Prints a line, unless nobody listens any more, as after `| head`: the work goes on."""
-    try:
-        print(line, flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def enlarge_all(enlarger: "Enlarger | None", plan: Plan, settings: UpscaleSettings, files: list[dict]) -> None:
+    """Enlarges the files and adds to `files` what became of each. Without `--keep_going` it stops at a failure."""
+    from pyrdiff.upscaling.watching import watched
 
-
-def reason(error: Exception) -> str:
-    """What went wrong with a file, in one line."""
-    text = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return one_line(text)
-
-
-def one_line(text: object) -> str:
-    """The text without line breaks, and with what stdout cannot show spelt out."""
-    return " ".join(str(text).encode("utf-8", "backslashreplace").decode().split())
+    counts = [0] * len(plan.work) if enlarger is None else announce(enlarger, plan, settings)
+    progress = Progress(sum(counts), len(plan.work))
+    with watched(None if enlarger is None else enlarger.pipeline, progress):
+        for number, item in enumerate(plan.work, 1):
+            file = {"input": item.name, "output": item.target.relative_to(plan.output).as_posix()}
+            if item in plan.done:
+                files.append({**file, "status": "skipped", "reason": "the output exists"})
+                continue
+            progress.start(item.name, number)
+            try:
+                files.append({**file, **process(enlarger, item, settings, plan.outputs)})
+            except (ValueError, RuntimeError, OSError, MemoryError) as error:
+                files.append({**file, "status": "failed", "reason": reason(error)})
+                complain(error, f"{one_line(item.name)}: {reason(error)}")
+                if not settings.keep_going:
+                    return
+                continue
+            finally:
+                progress.finish(sum(counts[:number]))
+            progress.write("; ".join([f"{one_line(item.name)}: {files[-1]['seconds']} s", *files[-1]["notes"]]))
 
 
 def describe(settings: UpscaleSettings, files: list[dict], planned: int) -> dict:
@@ -386,7 +259,7 @@ def main(args: list[str]) -> dict:
     settings = parse(UpscaleSettings, __doc__, args, prog="pyrdiff upscale")
     check_paths(settings, models=["model"], written=["report"])
     expect(settings, "input", Path(settings.input).exists(), "a file or a folder")
-    plan = find_work(settings)
+    plan = find_work(settings, settings.recipe)
     output, work = plan.output, plan.work
     report_path = Path(settings.report) if settings.report else output / "report.json"
     reports = Outputs("upscale report", {}, settings.overwrite)  # of all runs alike: each has its own settings in it
@@ -395,13 +268,13 @@ def main(args: list[str]) -> dict:
     for folder in {output, report_path.parent}:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()  # can be written to
-    pipeline = load(settings) if len(plan.done) < len(work) else None
+    enlarger = load(settings) if len(plan.done) < len(work) else None
 
     files: list[dict] = []
     code, after_failure = 0, 1 if settings.keep_going else 2
     before = signal.signal(signal.SIGTERM, stop)
     try:
-        enlarge_all(pipeline, plan, settings, files)
+        enlarge_all(enlarger, plan, settings, files)
     except (KeyboardInterrupt, SystemExit) as stopped:
         code = getattr(stopped, "code", 130)
     finally:

@@ -105,6 +105,16 @@ def open_picture(path: str | os.PathLike, max_pixels: int = MAX_PIXELS) -> Pictu
             return _read(image, data, max_pixels, name)
 
 
+def shown_size(path: str | os.PathLike) -> tuple[int, int] | None:
+    """(width, height) of a picture as it is shown, by its header; `None` if that cannot be read."""
+    try:
+        with without_warnings(), open(path, "rb") as file, open_any_size(file, READ) as image:
+            turned = _orientation(image) >= 5
+            return image.size[::-1] if turned else image.size
+    except Exception:  # whoever opens it to work on it says what is wrong
+        return None
+
+
 def reopen_picture(path: str | os.PathLike) -> Picture:
     """A picture that `save_picture` wrote, of any number of pixels, as `open_picture` reads it."""
     name, data = str(path), Path(path).read_bytes()

@@ -1068,11 +1068,11 @@ class SamplingPipeline(StandaloneSaving):
     ) -> torch.Tensor:
         """
         The network's output [B, C, H, W], float32; it is told where the pixels lie if it wants to know, and the labels
-        [B] of the images' classes if there are any.
+        of the images' classes if there are any: [B], or [B / n] for n windows of each image.
         """
         told = {"coordinates": coordinates} if network_takes(self.unet, "coordinates") else {}
         if labels is not None:
-            told["class_labels"] = labels
+            told["class_labels"] = labels.repeat(len(sample) // len(labels))
         return self.unet(sample.to(plain(self.unet).dtype), time, **told, return_dict=False)[0].float()
 
     def _labels(self, classes: Classes, count: int) -> torch.Tensor | None:
