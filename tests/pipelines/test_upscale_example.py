@@ -584,7 +584,7 @@ class Doubling(DiffusionPipeline):
 
 def test_a_pipeline_of_others_that_enlarges_is_used_as_it_is(run, tmp_path, monkeypatch, models):
     saved = pyrdiff.load(models[3])
-    monkeypatch.setattr(pyrdiff, "load", lambda model: Doubling(saved.unet, saved.scheduler))
+    monkeypatch.setattr(pyrdiff, "load", lambda model, **_: Doubling(saved.unet, saved.scheduler))
     source = save(noise(), tmp_path / "a.png")
     code, lines, _ = run(source, tmp_path / "out", "--outscale", 2, channels="sr")
     assert (code, lines) == (0, [])
