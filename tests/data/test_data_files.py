@@ -12,14 +12,16 @@ from PIL import Image, ImageCms, ImageFile, ImageOps, PngImagePlugin
 from PIL.TiffImagePlugin import IFDRational
 
 from pyrdiff.data import BadImageError, Picture, check_saving, fill_hidden, open_picture, save_picture
+from pyrdiff.data.deep import deepen_png
+from pyrdiff.data.files import read_header
 
 RGB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 CMYK_PROFILE = RGB_PROFILE[:16] + b"CMYK" + RGB_PROFILE[20:]
 
 
-def noise(mode: str = "RGB", height: int = 12, width: int = 10) -> Image.Image:
+def noise(mode: str = "RGB", height: int = 12, width: int = 10, seed: int = 0) -> Image.Image:
     channels = len(Image.new(mode, (1, 1)).getbands())
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
     return Image.frombytes(mode, (width, height), pixels.tobytes())
 
 
@@ -454,3 +456,76 @@ def test_hidden_colours_come_from_what_is_seen():
     assert (kept == np.asarray(gray))[alpha > 0].all() and not (kept == np.asarray(gray))[alpha == 0].all()
     nothing = fill_hidden(gray, Image.new("L", gray.size, 0))
     assert nothing.size == gray.size
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode, suffix", [("L", ".png"), ("RGB", ".png"), ("RGBA", ".png"), ("L", ".tif")])
+def test_16_bits_come_back(tmp_path, mode, suffix, orientation):
+    random = np.random.default_rng(0)
+    deep = random.integers(0, 65536, (6, 5) if mode == "L" else (6, 5, 3), dtype=np.uint16)
+    color = Image.fromarray(np.rint(deep / 257).astype(np.uint8))
+    alpha = Image.fromarray(random.integers(0, 255, (6, 5), dtype=np.uint8)) if mode == "RGBA" else None
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    carried = {"exif": b"Exif\0\0" + exif.tobytes().removeprefix(b"Exif\0\0")} if orientation > 1 else {}
+    picture = Picture(color, alpha, dpi=(96.0, 96.0), orientation=orientation, deep=deep, **carried)
+    notes = save_picture(picture, tmp_path / f"a{suffix}")
+    assert notes == []
+    back = open_picture(tmp_path / f"a{suffix}", deep=True)
+    np.testing.assert_array_equal(back.deep_upright(), picture.deep_upright())
+    assert back.dpi == pytest.approx((96, 96), abs=0.1) and back.exif == picture.exif or suffix == ".tif"
+    assert (back.alpha is None) == (alpha is None) and (alpha is None or back.alpha.tobytes() == alpha.tobytes())
+    shown, _ = back.upright()  # the 8 bits are the same picture
+    assert np.abs(np.asarray(shown).astype(int) - np.rint(back.deep_upright() / 257)).max() <= 1
+    with pytest.raises(BadImageError, match="16-bit pixels"):
+        open_picture(tmp_path / f"a{suffix}")
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_16_bit_colours_of_a_tiff_are_read(tmp_path, order):
+    tifffile = pytest.importorskip("tifffile")
+    deep = np.random.default_rng(0).integers(0, 65536, (6, 5, 3), dtype=np.uint16)
+    tifffile.imwrite(tmp_path / "a.tif", deep, byteorder=order, photometric="rgb")
+    picture = open_picture(tmp_path / "a.tif", deep=True)
+    np.testing.assert_array_equal(picture.deep, deep)
+    for name in ("a.jpg", "b.tif", "a.webp"):
+        notes = save_picture(picture, tmp_path / ("to" + name))
+        assert any("saved with 8 bits a channel" in note for note in notes)
+
+
+def test_what_16_bits_are_used_for_is_said(tmp_path):
+    Image.fromarray(np.linspace(0, 4095, 30).reshape(5, 6).astype(np.uint16)).save(tmp_path / "a.png")
+    picture = open_picture(tmp_path / "a.png", deep=True)
+    assert picture.notes[0].startswith("16-bit values that use 12 bits only") and picture.deep.max() == 4095
+    half = Image.fromarray(np.zeros((5, 6), np.uint8))
+    half.putalpha(Image.fromarray(np.full((5, 6), 99, np.uint8)))
+    half.save(tmp_path / "b.png")
+    deepen_png(tmp_path / "b.png", np.full((5, 6), 300, np.uint16), half.getchannel("A"))
+    picture = open_picture(tmp_path / "b.png", deep=True)  # Pillow has no way to the lower bits of these
+    assert picture.deep is None and "16 bits a channel read as 8" in picture.notes
+    assert picture.alpha.getextrema() == (99, 99) and set(picture.color.getdata()) == {(1, 1, 1)}
+
+
+def test_quality_and_loss(tmp_path):
+    picture = Picture(noise("RGB", 40, 40))
+    for name in ("a.jpg", "a.webp"):
+        sizes = []
+        for quality in (20, 95):
+            save_picture(picture, tmp_path / name, quality=quality)
+            sizes.append((tmp_path / name).stat().st_size)
+        assert sizes[0] < sizes[1] / 1.5
+    save_picture(picture, tmp_path / "b.webp", lossless=True)
+    assert open_picture(tmp_path / "b.webp").color.tobytes() == picture.color.tobytes()
+    with pytest.raises(ValueError, match="JPEG is never lossless"):
+        save_picture(picture, tmp_path / "b.jpg", lossless=True)
+
+
+def test_headers(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise("RGB", 6, 5).save(tmp_path / "a.jpg", exif=exif)
+    noise("RGB", 6, 5).save(tmp_path / "b.gif", save_all=True, append_images=[noise("RGB", 6, 5, seed=1)])
+    (tmp_path / "c.png").write_text("no")
+    assert read_header(tmp_path / "a.jpg") == ((6, 5), 1)
+    assert read_header(tmp_path / "b.gif") == ((5, 6), 2)
+    assert read_header(tmp_path / "c.png") is None

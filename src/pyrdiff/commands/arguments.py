@@ -36,12 +36,12 @@ GROUPS = {  # of --help; what is in none of them is the method's own
     "image_column array_key class_labels background on_bad_image cache_dir random_flip held_out_dir "
     "validation_data_dir degradation",
     "size": "resolution resolutions scale_factor width height patch_size image_channels tile tile_pad",
-    "output": "output grid report suffix ext skip_existing overwrite keep_going",
+    "output": "output grid report suffix ext quality lossless frames skip_existing overwrite keep_going",
     "sampling": "adapter num_images plan budget_ms num_inference_steps refine_steps refine_strength num_passes classes "
     "guidance_scale guidance_interval guidance operator color_fix hard_consistency arguments",
     "measuring": "metrics features weights feature_weights lpips_network lpips_weights channels crop_border resamples "
     "arms only runs tune tune_minutes target bench costs",
-    "run": "batch_size train_batch_size seed device dtype mixed_precision channels_last compile revision "
+    "run": "batch_size train_batch_size seed device dtype half mixed_precision channels_last compile revision "
     "max_megapixels trust_remote_code update_code",
     "length": "minutes max_train_steps checkpointing_steps checkpoints_total_limit resume_from_checkpoint init_from "
     "lora_rank save_images_steps eval_batch_size logging_steps report_to",

@@ -43,6 +43,7 @@ def find_work(settings: "UpscaleSettings", recipe: Mapping[str, object]) -> Plan
         ValueError: if there is nothing to do, or a file would be written over or could not be written.
     """
     from pyrdiff.data.files import WRITTEN
+    from pyrdiff.data.listing import HEIF
 
     folder, output = Path(settings.input), Path(settings.output)
     expect(settings, "input", folder.exists(), "a file or a folder")
@@ -50,12 +51,13 @@ def find_work(settings: "UpscaleSettings", recipe: Mapping[str, object]) -> Plan
     expect(settings, "report", not (settings.report and os.path.isdir(settings.report)), "a file to write")
     sources = find_pictures(folder, output)
     folder = folder if folder.is_dir() else folder.parent
-    if os.path.isfile(settings.input) and output.suffix.lower() in WRITTEN and not output.is_dir():
+    if os.path.isfile(settings.input) and output.suffix.lower() in (*WRITTEN, ".gif") and not output.is_dir():
         changed = settings.suffix or settings.ext != "auto"
         expect(settings, "output", not changed, "a folder, with --suffix or --ext")
         targets, output = [output], output.parent
     else:
         ends = [path.suffix if settings.ext == "auto" else f".{settings.ext}" for path in sources]
+        ends = [".jpg" if end.lower() in HEIF else end for end in ends]  # which is read, and not written
         named = [path.with_name(path.stem + settings.suffix + end) for path, end in zip(sources, ends, strict=True)]
         targets = [output / path.relative_to(folder) for path in named]
     names = [path.relative_to(folder).as_posix() for path in sources]
@@ -94,14 +96,16 @@ def check_targets(work: list[Work], settings: "UpscaleSettings") -> None:
         ValueError: if a result would replace an input, or another result, or its format is not written.
     """
     from pyrdiff.data.files import WRITTEN
+    from pyrdiff.upscaling.animations import KINDS
 
+    written = {*WRITTEN, *(KINDS if settings.frames else ())}
     inputs = {os.path.realpath(source): name for name, source, _ in work}
     made: dict[str, str] = {}
     for name, _, target in work:
         place = os.path.realpath(target)
         if place in made:
             raise ValueError(f"--output: {made[place]} and {name} would both be {target}; expected --ext auto")
-        if target.suffix.lower() not in WRITTEN and not settings.keep_going:
+        if target.suffix.lower() not in written and not settings.keep_going:
             raise ValueError(
                 f"--output: {name}: files {target.suffix!r} are not written; expected --ext png or another"
             )

@@ -79,6 +79,7 @@ class Enlarger:
         arguments: Of its calls.
         tile: Side of the windows; `None` for what fits the device.
         tile_overlap: Pixels that they share.
+        saved: The pipeline that was saved, if it is another one.
 
     Raises:
         ValueError: for windows that the network does not take.
@@ -90,9 +91,10 @@ class Enlarger:
         arguments: Mapping[str, object],
         tile: int | None = None,
         tile_overlap: int | None = None,
+        saved: DiffusionPipeline | None = None,
     ):
         self.pipeline, self.known = pipeline, arguments_of(pipeline)
-        self.arguments = dict(arguments)
+        self.arguments, self.saved = dict(arguments), pipeline if saved is None else saved
         self.channels = image_channels(pipeline)
         network = getattr(pipeline, "unet", None)
         self.network = None if network is None else plain(network)
