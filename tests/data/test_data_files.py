@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageCms, ImageFile, ImageOps, PngImagePlugin
 from PIL.TiffImagePlugin import IFDRational
 
-from pyrdiff.data import BadImageError, Picture, check_saving, fill_hidden, open_picture, save_picture
+from pyrdiff.data import BadImageError, Picture, check_saving, fill_hidden, list_images, open_picture, save_picture
 from pyrdiff.data.deep import deepen_png
 from pyrdiff.data.files import read_header
 
@@ -529,3 +529,19 @@ def test_headers(tmp_path):
     assert read_header(tmp_path / "a.jpg") == ((6, 5), 1)
     assert read_header(tmp_path / "b.gif") == ((5, 6), 2)
     assert read_header(tmp_path / "c.png") is None
+
+
+def test_heic(tmp_path):
+    """Where pillow-heif is installed it is read; elsewhere the message says how."""
+    try:
+        import pillow_heif
+    except ImportError:
+        (tmp_path / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64))
+        with pytest.raises(BadImageError, match="a HEIC file; expected pillow-heif to be installed"):
+            open_picture(tmp_path / "phone.HEIC")
+        with pytest.raises(ValueError, match="no image, only 1 .heic: .*pip install pillow-heif"):
+            list_images(tmp_path)
+        return
+    pillow_heif.from_pillow(noise()).save(tmp_path / "phone.HEIC")
+    assert open_picture(tmp_path / "phone.HEIC").color.size == noise().size
+    assert len(list_images(tmp_path)) == 1

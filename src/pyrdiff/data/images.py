@@ -56,7 +56,8 @@ def _formats() -> list[str]:
 @functools.cache
 def extensions() -> frozenset[str]:
     """The endings of the files that can be decoded, in lower case, with their dot."""
-    return frozenset(ext for ext, name in Image.registered_extensions().items() if name in _formats())
+    formats = _formats()  # first: the extra registers its own
+    return frozenset(ext for ext, name in Image.registered_extensions().items() if name in formats)
 
 
 def decode_image(

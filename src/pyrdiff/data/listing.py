@@ -12,6 +12,7 @@ from .images import extensions
 
 NAMED = 8  # endings and folders that are named, the most frequent ones
 HEIF = {".heic", ".heif", ".hif"}
+TO_READ_HEIF = "pip install pillow-heif to read .heic"
 
 
 class Listing(NamedTuple):
@@ -41,7 +42,7 @@ class Listing(NamedTuple):
         left += [f"{len(self.of_runs)} that runs of pyrdiff wrote"] if self.of_runs else []
         line = taken + ")" + (f"; not taken: {', '.join(left)}" if left else "")
         if any(path.suffix.lower() in HEIF for path in self.others):
-            line += " (pip install pillow-heif to read .heic)"
+            line += f" ({TO_READ_HEIF})"
         return line
 
 
@@ -85,7 +86,10 @@ def look_into(folder: str | os.PathLike, leave_out_runs: bool = False) -> Listin
     )
     if not images:
         there = f", only {_counted(map(_ending, others))}" if others else ""
-        raise ValueError(f"folder={str(folder)!r} has no image{there}: expected files such as .png, .jpg, .webp, .tif")
+        heif = f" ({TO_READ_HEIF})" if any(path.suffix.lower() in HEIF for path in others) else ""
+        raise ValueError(
+            f"folder={str(folder)!r} has no image{there}: expected files such as .png, .jpg, .webp, .tif{heif}"
+        )
     return found
 
 
