@@ -38,7 +38,7 @@ GROUPS = {  # of --help; what is in none of them is the method's own
     "size": "resolution resolutions scale_factor width height patch_size image_channels tile tile_pad",
     "output": "output grid report suffix ext quality lossless frames skip_existing overwrite keep_going",
     "sampling": "adapter num_images plan budget_ms num_inference_steps refine_steps refine_strength num_passes classes "
-    "guidance_scale guidance_interval guidance operator color_fix hard_consistency arguments",
+    "guidance_scale guidance_interval guidance operator detail restore color_fix hard_consistency arguments",
     "measuring": "metrics features weights feature_weights lpips_network lpips_weights channels crop_border resamples "
     "arms only runs tune tune_minutes target bench costs",
     "run": "batch_size train_batch_size seed device dtype half mixed_precision channels_last compile revision "

@@ -44,9 +44,10 @@ ARGUMENTS = {
     name: name for name in ("guidance", "operator", "refine_steps", "plan", "num_inference_steps", "color_fix")
 }
 ARGUMENTS |= {"hard_consistency": "hard_consistency", "tile": "tile", "tile_pad": "tile_overlap"}
+DIALS = ("detail", "restore")  # arguments as well, of which 0 is one
 # What decides how a result looks, beside the model.
 RECIPE = (*ARGUMENTS, "outscale", "seed")
-ADDED = {"width": None, "height": None, "quality": 95, "lossless": False, "half": False}  # where they are others
+ADDED = {"detail": None, "restore": None, "width": None, "height": None, "quality": 95, "lossless": False, "half": False}  # where they are others
 
 
 @dataclass(kw_only=True)
@@ -99,6 +100,10 @@ class UpscaleSettings:
     """Of models trained to enlarge: network calls by name, fast, balanced, default (the default), paper ..."""
     num_inference_steps: int | None = None
     """Of models trained to enlarge: network calls, instead of a plan."""
+    detail: float | None = None
+    """Of models that have this dial: from 0, the nearest to the truth and smooth, to 1, as sharp as they can."""
+    restore: float | None = None
+    """Of models that have this dial: how much blur, noise and JPEG they undo, from 0 to 1."""
     color_fix: bool = False
     """Of models trained to enlarge: give each channel the input's mean."""
     hard_consistency: bool = False
@@ -115,6 +120,8 @@ class UpscaleSettings:
     def __post_init__(self):
         expect(self, "outscale", 1 <= self.outscale < math.inf, "1 or more")
         expect(self, "outscale", self.outscale == 4 or self.width is self.height is None, "either it or a size")
+        for name in DIALS:
+            expect(self, name, getattr(self, name) is None or 0 <= getattr(self, name) <= 1, "0 to 1")
         expect(self, "quality", 1 <= self.quality <= 100, "1 to 100")
         expect(self, "max_megapixels", self.max_megapixels > 0, "a number above 0")
         for name in ("width", "height", "tile", "refine_steps", "num_inference_steps"):
@@ -151,9 +158,11 @@ def load(settings: UpscaleSettings) -> "Enlarger":
     except ValueError as error:
         raise ValueError(f"--model={settings.model!r}: {error}") from error
     known = arguments_of(pipeline)
-    for name, argument in ARGUMENTS.items():
+    given = {argument: getattr(settings, name) for name, argument in ARGUMENTS.items() if getattr(settings, name)}
+    given |= {name: getattr(settings, name) for name in DIALS if getattr(settings, name) is not None}
+    for name, argument in {**ARGUMENTS, **dict(zip(DIALS, DIALS, strict=True))}.items():
         kind = "enlarge" if pipeline is saved else "generate"
-        good = argument in known or not getattr(settings, name)
+        good = argument in known or argument not in given
         expect(settings, name, good, f"nothing for a model trained to {kind}, a {type(pipeline).__name__}")
     if hasattr(pipeline, "cost"):
         factors = getattr(getattr(pipeline, "unet", None), "config", {}).get("scale_factors")
@@ -162,7 +171,6 @@ def load(settings: UpscaleSettings) -> "Enlarger":
     pipeline.set_progress_bar_config(disable=True)
     if hasattr(pipeline, "unet"):
         prepare(pipeline.unet, device, settings.half)
-    given = {argument: getattr(settings, name) for name, argument in ARGUMENTS.items() if getattr(settings, name)}
     tile, overlap = given.pop("tile", None), given.pop("tile_overlap", None)
     enlarger = Enlarger(pipeline, given, tile, overlap, saved)
     if enlarger.channels not in (1, 3):
