@@ -47,7 +47,8 @@ ARGUMENTS |= {"hard_consistency": "hard_consistency", "tile": "tile", "tile_pad"
 DIALS = ("detail", "restore")  # arguments as well, of which 0 is one
 # What decides how a result looks, beside the model.
 RECIPE = (*ARGUMENTS, "outscale", "seed")
-ADDED = {"detail": None, "restore": None, "width": None, "height": None, "quality": 95, "lossless": False, "half": False}  # where they are others
+# The same of later versions, where they are not these.
+ADDED = {**dict.fromkeys((*DIALS, "width", "height")), "quality": 95, "lossless": False, "half": False}
 
 
 @dataclass(kw_only=True)
