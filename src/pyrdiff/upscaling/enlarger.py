@@ -102,6 +102,7 @@ class Enlarger:
         self._multiple = getattr(pipeline, "_size_multiple", 1)
         self._given = None if tile is None else Tiling.checked(tile, tile_overlap, self._multiple)
         self._bytes_of: dict[int, int | None] = {}
+        self._routes: dict[tuple[Size, Size], Route] = {}
 
     @property
     def factors(self) -> list[int] | None:
@@ -115,12 +116,12 @@ class Enlarger:
         return "resolutions" in self.known and hasattr(self.pipeline, "sizes_between")
 
     def route(self, size: Size, target: Size) -> Route:
-        """
-        How a picture of one size gets another.
+        """How a picture of one size gets another."""
+        if (size, target) not in self._routes:
+            self._routes[size, target] = self._route(size, target)
+        return self._routes[size, target]
 
-        Raises:
-            ValueError: if it does not fit into the memory; what fits is said.
-        """
+    def _route(self, size: Size, target: Size) -> Route:
         found: list[Pass] = []
         for made, given in self._calls(size, target):
             tiling = self._tiling(made)
