@@ -94,6 +94,11 @@ def parse(settings: type[S], description: str, args: list[str], prog: str | None
         _exit(error, EXIT_BAD_INPUT)
 
 
+def announce(line: str) -> None:
+    """Says what will be done, before what takes seconds to import is imported."""
+    print(line, flush=True)
+
+
 def expect(settings: object, name: str, good: bool, expected: str) -> None:
     """Raises `ValueError` unless the value of a flag is good; `expected` says what is, as in "1 or more"."""
     if not good:

@@ -7,6 +7,8 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, TypeVar
 
+from tqdm import tqdm
+
 if TYPE_CHECKING:
     import torch
 
@@ -66,6 +68,7 @@ def in_turn(
     device: "torch.device",
     fewer: Mapping[Key, int] | None = None,
     report: Callable[[int, Key, float], None] | None = None,
+    progress: str | None = None,
 ) -> dict[Key, list[float]]:
     """
     Times several kinds of work side by side: all of them in turn, again and again, so that a change of the machine's
@@ -77,20 +80,24 @@ def in_turn(
         device: Where the work runs.
         fewer: {name: runs} of those with fewer runs, which get no warm-up; 0 leaves one out.
         report: Called as f(turn, name, seconds) after each timed run.
+        progress: Title of a progress bar, which a terminal shows; None for no bar.
 
     Returns:
         {name: seconds of each timed run}.
     """
     wanted = {name: (fewer or {}).get(name, runs) for name in works}
     found: dict[Key, list[float]] = {name: [] for name in works}
-    for turn in range(-1, runs):
-        for name, work in works.items():
-            if turn >= wanted[name] or (turn < 0 and wanted[name] < runs):
-                continue
-            seconds = seconds_of(lambda work=work, turn=turn: work(turn), device)
-            if turn < 0:
-                continue
-            found[name].append(seconds)
-            if report is not None:
-                report(turn, name, seconds)
+    order = [
+        (turn, name)
+        for turn in range(-1, runs)
+        for name in works
+        if turn < wanted[name] and (turn >= 0 or wanted[name] >= runs)
+    ]
+    for turn, name in tqdm(order, desc=progress, unit="run", disable=True if progress is None else None):
+        seconds = seconds_of(lambda work=works[name], turn=turn: work(turn), device)
+        if turn < 0:
+            continue
+        found[name].append(seconds)
+        if report is not None:
+            report(turn, name, seconds)
     return found

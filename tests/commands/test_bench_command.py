@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -383,3 +384,25 @@ def test_what_cannot_be_tuned(run, tmp_path, model, count, minutes, named):
     write(tmp_path / "real", count, 24)
     _, _, error, code = run(model, "--reference", tmp_path / "real", "--tune", minutes)
     assert code == 2 and re.search(named, error)
+
+
+def test_ctrl_c_keeps_the_arms_that_were_scored(run, tmp_path, monkeypatch):
+    write(tmp_path / "real", 5, 24)
+    score, scored = bench_tasks.Generating.score, []
+
+    def interrupted(self, name, arm):
+        scored.append(name)
+        if len(scored) == 2:
+            signal.raise_signal(signal.SIGINT)
+        return score(self, name, arm)
+
+    monkeypatch.setattr(bench_tasks.Generating, "score", interrupted)
+    flags = ["--reference", tmp_path / "real", "--only", "short", "tiny", "default"]
+    result, printed, _, code = run("pyramid", *flags)
+    assert code == 130 and list(result["arms"]) == ["short"] and result["not_reached"] == ["tiny", "default"]
+    assert "1 of 3 ways" in printed and "| short |" in printed
+    assert "short" in card.table(card.read_bench(tmp_path / "out/bench.json"))
+
+    monkeypatch.setattr(bench_tasks.Generating, "score", lambda *_: signal.raise_signal(signal.SIGINT))
+    (tmp_path / "out/bench.json").unlink()
+    assert run("pyramid", *flags)[0] is None, "nothing was scored, nothing is written"

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, ImagePipelineOutput, UNet2DModel
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import pyrdiff
 from pyrdiff import cli, hub
@@ -80,8 +81,9 @@ def test_images_grid_and_report(run, tmp_path, models):
     assert names(tmp_path / "out") == [*files, "report.json"]
     assert Image.open(tmp_path / "grid.png").size == (2 + 3 * 10, 2 + 2 * 10), "3 columns of 8 pixels"
     plan = str(pyrdiff.load(models["pyramid"]).plan(num_inference_steps=2, refine_steps=2))
-    assert plan in printed and printed.splitlines()[-1].endswith(str(tmp_path / "out"))
-    assert "5/5" in bar and "2/2" not in bar, "one bar, over images"
+    assert plan in printed and printed.splitlines()[-2].endswith(str(tmp_path / "out"))
+    assert printed.splitlines()[0].startswith(f"5 images of {models['pyramid']} into {tmp_path / 'out'} (Ctrl-C")
+    assert bar == "", "no bar where nobody looks"
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert [(file["file"], file["seed"]) for file in report["files"]] == list(zip(files, range(3, 8), strict=True))
     assert report["counts"] == {"done": 5, "skipped": 0, "not reached": 0}
@@ -126,8 +128,8 @@ def test_skip_existing(run, tmp_path, monkeypatch):
     before = [read(tmp_path, seed) for seed in range(4)]
     for seed in (0, 3):
         (tmp_path / f"0000{seed}.png").unlink()
-    code, _, bar = run(tmp_path, *flags, "--skip_existing")
-    assert code == 0 and "2/2" in bar
+    code, printed, _ = run(tmp_path, *flags, "--skip_existing")
+    assert code == 0 and "2 done, 2 skipped" in printed
     for seed in range(4):
         assert np.abs(read(tmp_path, seed) - before[seed]).max() <= 1
     report = json.loads((tmp_path / "report.json").read_text())
@@ -302,3 +304,63 @@ def test_json_is_all_that_is_on_stdout(run, tmp_path):
     report = json.loads(printed)
     assert code == 0 and report.pop("exit_code") == 0
     assert report == json.loads((tmp_path / "report.json").read_text()) and "NFE-eq" in rest
+
+
+def test_a_picture_says_how_it_was_drawn_and_is_drawn_again(run, tmp_path, models, monkeypatch, capsys):
+    """The same pixels in a batch of the same size; elsewhere up to the last bit of a sum, a level in 255."""
+    code, printed, _ = run(tmp_path / "a", "--num_images", 3, "--batch_size", 1, "--seed", 4, "--plan", "short")
+    assert (
+        code == 0 and printed.splitlines()[-1] == f"again: pyrdiff sample --config {tmp_path / 'a/00004.png'} -o again"
+    )
+    texts = Image.open(tmp_path / "a/00005.png").text
+    assert texts["Software"] == f"pyrdiff {pyrdiff.__version__}"
+    said = json.loads(texts["pyrdiff"])
+    assert said["version"] == pyrdiff.__version__
+    flags = {"model": str(models["pyramid"]), "seed": 5, "num_images": 1, "plan": "short", "dtype": "float32"}
+    assert said["flags"] == flags
+
+    monkeypatch.chdir(tmp_path)
+    for words in ("sample --config a/00005.png -o b", "sample --config a/00005.png -o c --seed 6 -n 1"):
+        monkeypatch.setattr(sys, "argv", ["pyrdiff", *words.split()])
+        cli.main()
+    assert capsys.readouterr().err == ""
+    assert (read(tmp_path / "b", 5) == read(tmp_path / "a", 5)).all() and names(tmp_path / "b") == [
+        "00005.png",
+        "report.json",
+    ]
+    assert (read(tmp_path / "c", 6) == read(tmp_path / "a", 6)).all(), "flags beside it count more"
+
+
+def test_the_plan_that_was_found_is_in_the_picture(run, tmp_path):
+    run(tmp_path, "--num_images", 1, "--plan", "auto", "--budget_ms", 1e6)
+    flags = json.loads(Image.open(tmp_path / "00000.png").text["pyrdiff"])["flags"]
+    assert flags["plan"] == "short" and "budget_ms" not in flags
+
+
+@pytest.mark.parametrize("text, said", [
+    (None, "does not say how it was made"),
+    ("[" * 100_000, "expected JSON, nested at most"),
+    ("[1]", "is not what pyrdiff sample writes"),
+    ('{"flags": {"model": "m", "output": "/etc", "overwrite": true}}', "is not what pyrdiff sample writes"),
+    ('{"flags": {"model": "m", "classes": ["--overwrite"]}}', "classes has '--overwrite'; expected values"),
+    ('{"flags": {"model": "m", "seed": "many"}}', "'many'"),
+])  # fmt: skip
+def test_a_picture_of_a_stranger_says_only_how_it_was_drawn(tmp_path, monkeypatch, capsys, text, said):
+    texts = PngInfo()
+    if text is not None:
+        texts.add_itxt("pyrdiff", text)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=texts)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["pyrdiff", "sample", "--config", "a.png"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    complaint = capsys.readouterr().err
+    assert stopped.value.code == 2 and said in complaint and [complaint.count("\n"), os.listdir()] == [1, ["a.png"]]
+
+
+def test_a_file_that_is_no_picture_is_no_config(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    monkeypatch.setattr(sys, "argv", ["pyrdiff", "sample", "--config", str(tmp_path / "a.png")])
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert "cannot be read as a PNG file" in capsys.readouterr().err

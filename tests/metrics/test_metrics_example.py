@@ -155,14 +155,18 @@ def test_a_model_against_a_folder(run, tmp_path, squeezenet_file):
         values.append(result["value"])
     assert values[0] == pytest.approx(values[1], rel=1e-2), "image k has its own seed, whatever the batch"
     write(tmp_path / "other", 5, 1, side=38)
-    _, complaint, code = run(*flags, "--reference", tmp_path / "other")
-    assert code == 2 and "its images have size (40, 40), the reference (38, 38)" in complaint
+    fitted = []
+    for more in ([], ["--resolution", 40]):
+        printed, complaint, code = run(*flags, "--reference", tmp_path / "other", *more)
+        assert code == 0 and ("the reference is fitted to the 40x40" in printed) == (not more), complaint
+        fitted.append(json.loads((tmp_path / "scores.json").read_text())["results"][0]["value"])
+    assert fitted[0] == fitted[1]
 
 
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--generated G", "--generated, --reference: have sizes"),
+        ("--generated X", "--generated: has sizes"),
         ("--generated none", "--generated='none': expected"),
         ("", "--model=None: expected either it or --generated"),
         ("--generated G --model M", "--model='.*': expected either it or --generated"),
@@ -189,6 +193,8 @@ def test_bad_input_is_one_line(flags, message, run, tmp_path, monkeypatch, squee
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "R", 5, 0, side=34)
     write(tmp_path / "G", 4, 0, side=36)
+    write(tmp_path / "X", 5, 0, side=36)
+    write(tmp_path / "X", 4, 0, side=34)
     write(tmp_path / "B", 5, 0, side=34)
     if "SR" in flags:
         unet = pyrdiff.ResidualSRUNet2DModel(block_out_channels=(8, 8), norm_num_groups=4, attention_head_dim=8)
@@ -200,7 +206,7 @@ def test_bad_input_is_one_line(flags, message, run, tmp_path, monkeypatch, squee
     if "--features" not in flags:
         flags += ["--features", "squeezenet"]
     printed, complaint, code = run(*flags, "--reference", "R", "--output", "scores.json")
-    assert (printed, code) == ("", 2)
+    assert code == 2 and printed.count("\n") <= 1 and "metric  " not in printed, "what would be done, at most"
     assert complaint.count("\n") == 1
     assert complaint.startswith("error: ")
     assert re.search(message, complaint), complaint

@@ -14,6 +14,7 @@ import io
 import json
 import re
 import textwrap
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar, get_type_hints
@@ -250,7 +251,9 @@ def _fields_of(settings: type, path: str) -> dict[str, Any]:
     """What a file of settings holds, by the names of the fields."""
     known = {flag_of(field.name): field for field in fields(settings)}
     values = {}
-    for key, value in _read_settings(path).items():
+    accepted = getattr(settings, "in_pictures", ())
+    is_picture = accepted and path.lower().endswith(".png")
+    for key, value in (_read_picture(path, accepted) if is_picture else _read_settings(path)).items():
         field = known.get(flag_of(key))
         if field is None:
             near = did_you_mean(key, known)
@@ -266,6 +269,9 @@ def _as_flags(name: str, value: Any) -> list[str]:
     if value is None:
         return []
     if isinstance(value, list):
+        flags = [one for one in map(str, value) if one.startswith("--")]
+        if flags:  # they would be read as such
+            raise ValueError(f"--config: {flag_of(name)} has {flags[0]!r}; expected values")
         return [f"--{flag_of(name)}", *map(str, value)]
     return [f"--{flag_of(name)}={json.dumps(value) if isinstance(value, dict) else value}"]  # may begin with a dash
 
@@ -282,6 +288,15 @@ def _read_settings(path: str) -> dict:
     if not isinstance(values, dict):
         raise ValueError(f"--config: {path!r} holds a {type(values).__name__}; expected names and values")
     return values
+
+
+def _read_picture(path: str, accepted: Sequence[str]) -> dict:
+    from pyrdiff.commands.recipes import flags_in
+
+    try:
+        return flags_in(path, accepted)
+    except ValueError as error:
+        raise ValueError(f"--config: {error}") from error
 
 
 def _with_true(settings: type, args: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ of more than 50 NFE-eq run only if they are named there.
 
 import json
 import os
+import shlex
 import statistics
 import sys
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pyrdiff.cli import expect, parse
+from pyrdiff.cli import announce, expect, parse
 from pyrdiff.commands.evaluate import check_resolution
 from pyrdiff.commands.paths import check_paths
 from pyrdiff.commands.sample import write_json
@@ -97,8 +98,14 @@ def main(args: list[str]) -> dict:
     files = ["arms", "weights", "lpips_weights"]
     check_paths(options, models=["model"], images=["reference"], files=files, written=["output"])
     if options.tune is not None:
+        announce(f"{options.tune:g} minutes of search for plans of {options.model}, by images of {options.reference}")
         return tune_saved(options)
+    announce(
+        f"{options.model} beside images of {options.reference}: each way is timed {options.runs} times, then scored, "
+        f"into {options.output} (Ctrl-C keeps the ways that are scored)"
+    )
     import torch
+    from tqdm import tqdm
 
     from pyrdiff.hub import card
 
@@ -111,11 +118,17 @@ def main(args: list[str]) -> dict:
     task.prepare()
     load = os.getloadavg()[0]
     times = time_arms(task, arms, options)
-    rows = {}
-    for name, arm in arms.items():
-        print(f"scoring {name}", file=sys.stderr)
-        row = {"arguments": arm.arguments or {}, "yardstick": arm.yardstick, **times[name], "nfe_eq": arm.nfe_eq}
-        rows[name] = {**row, "metrics": task.score(name, arm)}
+    rows, code = {}, 0
+    try:
+        with tqdm(total=len(arms) * task.scored_images, unit="image", disable=None) as task.bar:
+            for name, arm in arms.items():
+                task.bar.set_description(f"scoring {name}")
+                row = {"arguments": arm.arguments or {}, "yardstick": arm.yardstick, **times[name]}
+                rows[name] = {**row, "nfe_eq": arm.nfe_eq, "metrics": task.score(name, arm)}
+    except (KeyboardInterrupt, SystemExit) as stopped:  # Ctrl-C and SIGTERM
+        if not rows:
+            raise
+        code = getattr(stopped, "code", 130)
 
     # 3. One JSON, without paths of this machine.
     named = ("num_images", "batch_size", "runs", "features", "lpips_network", "resamples", "only", "array_key")
@@ -140,11 +153,16 @@ def main(args: list[str]) -> dict:
         "load": round(load, 2),
         "seed": options.seed,
         "arms": rows,
+        "not_reached": [name for name in arms if name not in rows],
     }
     result = json.loads(json.dumps(result, allow_nan=False))
     write_json(result, Path(options.output))
     print(card.table(result))
-    return result
+    print(f"{len(rows)} of {len(arms)} ways: {options.output}")
+    if Path(options.model).is_dir():
+        model, bench = shlex.quote(options.model), shlex.quote(options.output)
+        print(f"next: pyrdiff push {model} user/name --bench {bench} --dry_run")
+    return {**result, "exit_code": code}
 
 
 def open_task(options: BenchSettings) -> "Task":
@@ -264,9 +282,8 @@ def time_arms(task: "Task", arms: "Mapping[str, Arm]", options: BenchSettings) -
             hook.remove()
 
     works = {(name, batch): partial(run, name, batch) for name in arms for batch in (1, options.batch_size)}
-    print(f"timing: a warm-up and {options.runs} runs", file=sys.stderr)
     with torch.no_grad():
-        seconds = in_turn(works, options.runs, task.device)
+        seconds = in_turn(works, options.runs, task.device, progress="timing")
     return {
         name: {
             "network_calls": calls[name],

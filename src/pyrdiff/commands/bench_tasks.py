@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
+from tqdm import tqdm
 
 from pyrdiff import metrics
 from pyrdiff.commands.bench import BenchSettings, digits
@@ -59,6 +60,8 @@ class Task(ABC):
     name: str
     needs: str  # argument of the call, beside `generator`
     reference_images: int  # that the scores look at
+    scored_images: int  # of an arm
+    bar: tqdm | None = None  # which goes on with each image
 
     def __init__(self, pipeline: DiffusionPipeline, source: ImageSource, options: BenchSettings, device: torch.device):
         self.pipeline, self.source, self.options, self.device = pipeline, source, options, device
@@ -78,7 +81,7 @@ class Task(ABC):
 
     def _size_of_reference(self) -> tuple[int, int]:
         """(height, width) that the reference has, or is fitted to."""
-        options, sizes = self.options, set(sizes_of(self.source))
+        options, sizes = self.options, set(sizes_of(self.source, progress="reading the reference"))
         if options.resolution is None and self.own_size is not None and sizes != {self.own_size}:
             print("the reference is fitted to the model's {}x{}".format(*self.own_size), file=sys.stderr)
             options.resolution = self.own_size
@@ -142,7 +145,10 @@ class Task(ABC):
     def batches(self, count: int) -> Iterator[range]:
         """The indices of `count` images, `--batch_size` at a time."""
         for start in range(0, count, self.options.batch_size):
-            yield range(start, min(start + self.options.batch_size, count))
+            indices = range(start, min(start + self.options.batch_size, count))
+            yield indices
+            if self.bar is not None:
+                self.bar.update(len(indices))
 
     def generators(self, indices: Sequence[int]) -> list[torch.Generator]:
         """Of each image, seeded with `--seed` and its index."""
@@ -177,7 +183,7 @@ class Generating(Task):
         super().__init__(pipeline, source, options, device)
         if options.scale_factor is not None:
             raise ValueError(f"--scale_factor: not for a {type(pipeline).__name__}, which generates")
-        self.reference_images = len(source)
+        self.reference_images, self.scored_images = len(source), options.num_images
         self.network = metrics.open_features(
             options.features, options.weights, device=device, batch_size=options.batch_size
         )
@@ -219,9 +225,9 @@ class Generating(Task):
 
     def prepare(self) -> None:
         """Features of the reference."""
-        print(f"features of {len(self.source)} reference images", file=sys.stderr)
         channels, options = self.network.channels, self.options
-        real = self.features(lambda indices: [self.read(index, channels) for index in indices], len(self.source))
+        with tqdm(total=len(self.source), desc="features of the reference", unit="image", disable=None) as self.bar:
+            real = self.features(lambda indices: [self.read(index, channels) for index in indices], len(self.source))
         self.comparison = metrics.SetComparison(real, self.network, options.resamples)
         self.conventions = {
             "count": options.num_images,
@@ -245,7 +251,7 @@ class Enlarging(Task):
         super().__init__(pipeline, source, options, device)
         config = pipeline.unet.config
         self.channels = config.get("image_channels") or config["out_channels"]
-        self.reference_images = min(options.num_images, len(source))
+        self.reference_images = self.scored_images = min(options.num_images, len(source))
         factor = options.scale_factor
         if factor is None and "scale_factor" in self.takes:
             factor = self.takes["scale_factor"].default or max(config.get("scale_factors") or [0])

@@ -10,7 +10,7 @@ pyrdiff.load and, to the same weights, where pyrdiff is not installed. Exit code
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pyrdiff.cli import expect, parse
+from pyrdiff.cli import announce, expect, parse
 from pyrdiff.commands.paths import check_paths
 
 
@@ -37,6 +37,7 @@ def main(args: list[str]) -> dict:
     settings = parse(CheckSettings, __doc__, args, prog="pyrdiff check")
     if not Path(settings.model).is_dir():  # what is wrong with a folder is what the command says
         check_paths(settings, models=["model"])
+    announce(f"checking {settings.model}: its files, its code, and whether it loads with and without pyrdiff")
     from pyrdiff import hub
     from pyrdiff.hub.messages import file_name
 

@@ -16,7 +16,7 @@ import tempfile
 import threading
 from dataclasses import dataclass
 
-from pyrdiff.cli import expect, parse
+from pyrdiff.cli import announce, expect, parse
 from pyrdiff.commands.paths import check_paths
 
 
@@ -48,6 +48,7 @@ def main(args: list[str]) -> dict:
     settings = parse(DemoSettings, __doc__, args, prog="pyrdiff demo")
     check_paths(settings, models=["model"])
     port = _free(settings.host, settings.port)
+    announce(f"loading {settings.model}, for a page on {settings.host}, port {port}")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:

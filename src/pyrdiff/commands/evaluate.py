@@ -4,8 +4,8 @@ Measure generated or enlarged images, in one table and one JSON that says how.
 Example: pyrdiff evaluate runs/mine/pipeline -n 500 --reference my_test_images -o scores.json
 
 A set of images is compared with a set of real ones (--generated or a model, and --reference), or with --paired each
-image with the one of its name. Images are compared at the size they have; where sizes differ, --resolution says what to
-fit them to.
+image with the one of its name. Images are compared at the size that the generated ones have, to which the reference is
+fitted, or at --resolution; pairs must have one size.
 """
 
 import math
@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from pyrdiff.cli import expect, parse
+from pyrdiff.cli import announce, expect, parse
 from pyrdiff.commands.paths import check_paths
 from pyrdiff.commands.sample import check_call, generate, write_json
 from pyrdiff.machine import open_device, versions
@@ -59,7 +59,7 @@ class EvaluateSettings:
     lpips_weights: str | None = None
     """File of its trunk; by default downloaded."""
     resolution: tuple[int, ...] | None = None
-    """Side, or height and width, to fit all images to."""
+    """Side, or height and width, to fit all images to; by default the reference is fitted to the others' size."""
     channels: Literal["rgb", "y"] = "rgb"
     """For PSNR and SSIM."""
     crop_border: int = 0
@@ -132,6 +132,7 @@ def stems(source: "ImageSource", folder: str) -> dict[str, int]:
 def compare_pairs(settings: EvaluateSettings, device: "torch.device") -> "list[Score]":
     """Each image with the one of its name."""
     import torch
+    from tqdm import tqdm
 
     from pyrdiff import metrics
     from pyrdiff.data import image_tensor, read_image
@@ -146,7 +147,7 @@ def compare_pairs(settings: EvaluateSettings, device: "torch.device") -> "list[S
         return image_tensor([read_image(sources[kind], names[kind][stem], 3, size)]).to(device)
 
     results: dict[str, list[MetricResult]] = {name: [] for name in settings.metrics}
-    for stem in names[0]:
+    for stem in tqdm(names[0], desc="comparing", unit="pair", disable=None):
         ours, theirs = (read(kind, stem, settings.size) for kind in (0, 1))
         for name, kept in results.items():
             if name == "lpips":
@@ -181,7 +182,7 @@ def open_pairs(settings: EvaluateSettings) -> "tuple[list[ImageSource], list[dic
         odd = sorted(set(known) ^ set(names[0]))
         if odd:
             raise ValueError(f"{folders[0]}, {folder}: {len(odd)} names are in one only, such as {odd[0]!r}")
-    sizes = [sizes_of(source) for source in sources]
+    sizes = [sizes_of(source, progress="reading") for source in sources]
     for stem, index in names[0].items():
         ours, theirs = sizes[0][index], sizes[1][names[1][stem]]
         if ours != theirs and not settings.resolution:
@@ -189,9 +190,10 @@ def open_pairs(settings: EvaluateSettings) -> "tuple[list[ImageSource], list[dic
     return sources, names
 
 
-def sample(settings: EvaluateSettings, expected_size: tuple[int, int] | None, device: "torch.device") -> "ImageSource":
+def sample(settings: EvaluateSettings, device: "torch.device") -> "ImageSource":
     """Images of the model as a source. Image k has the seed `--seed` + k, whatever the batch."""
     import numpy as np
+    from tqdm import tqdm
 
     import pyrdiff
     from pyrdiff.data import open_source
@@ -200,47 +202,55 @@ def sample(settings: EvaluateSettings, expected_size: tuple[int, int] | None, de
     plan = {name: getattr(settings, name) for name in PLAN if getattr(settings, name) is not None}
     check_call(pipeline, plan)
     pipeline.set_progress_bar_config(disable=True)
-    seeds, images = range(settings.seed, settings.seed + settings.num_images), []
-    for image in generate(pipeline, seeds, settings.batch_size, plan):
-        size = image.height, image.width
-        if expected_size and size != expected_size:
-            raise ValueError(
-                f"--model: its images have size {size}, the reference {expected_size}; expected --resolution"
-            )
-        images.append(np.asarray(image))
-    return open_source(np.stack(images))
+    seeds = range(settings.seed, settings.seed + settings.num_images)
+    images = generate(pipeline, seeds, settings.batch_size, plan)
+    images = tqdm(images, total=len(seeds), desc="sampling", unit="image", disable=None)
+    return open_source(np.stack([np.asarray(image) for image in images]))
 
 
 def compare_sets(settings: EvaluateSettings, device: "torch.device") -> "list[Score]":
     """A set of generated images with a set of real ones."""
     import torch
+    from tqdm import tqdm
 
     from pyrdiff import metrics
-    from pyrdiff.data import image_tensor, open_source, read_image, sizes_of
+    from pyrdiff.data import image_tensor, open_source, read_image
 
     network = metrics.open_features(settings.features, settings.weights, device=device, batch_size=settings.batch_size)
     reference = open_source(Path(settings.reference), array_key=settings.array_key)
     generated = None if settings.model else open_source(Path(settings.generated))
-    sizes = set(sizes_of(reference)) | (set(sizes_of(generated)) if generated else set())
-    if len(sizes) > 1 and not settings.resolution:
-        raise ValueError(f"--generated, --reference: have sizes {sorted(sizes)[:4]}; expected one, or --resolution")
     counts = {"--reference": len(reference), "--generated": len(generated) if generated else settings.num_images}
     for flag, count in counts.items():
         if count < 4:
             raise ValueError(f"{flag}: has {count} images; expected 4 or more")
     if generated is None:
-        generated = sample(settings, None if settings.resolution else sizes.pop(), device)
+        generated = sample(settings, device)
+    settings.resolution = settings.resolution or fitting(generated, reference)
 
-    def features(source: "ImageSource") -> torch.Tensor:
-        batches = []
-        for start in range(0, len(source), settings.batch_size):
+    def features(source: "ImageSource", title: str) -> torch.Tensor:
+        batches, starts = [], range(0, len(source), settings.batch_size)
+        for start in tqdm(starts, desc=title, unit="batch", disable=None):
             indices = range(start, min(start + settings.batch_size, len(source)))
             images = [read_image(source, index, network.channels, settings.size) for index in indices]
             batches.append(network(image_tensor(images, network.channels), data_range=UNIT))
         return torch.cat(batches)
 
-    comparison = metrics.SetComparison(features(reference), network, settings.resamples)
-    return comparison.scores(features(generated), settings.metrics)
+    comparison = metrics.SetComparison(features(reference, "the reference"), network, settings.resamples)
+    return comparison.scores(features(generated, "generated"), settings.metrics)
+
+
+def fitting(generated: "ImageSource", reference: "ImageSource") -> tuple[int, int] | None:
+    """(height, width) of the generated images if the reference is to be fitted to it; None if it has this size."""
+    from pyrdiff.data import sizes_of
+
+    sizes = set(sizes_of(generated, progress="reading"))
+    if len(sizes) > 1:
+        raise ValueError(f"--generated: has sizes {sorted(sizes)[:4]}; expected one, or --resolution")
+    if set(sizes_of(reference, progress="reading the reference")) == sizes:
+        return None
+    (size,) = sizes
+    print("the reference is fitted to the {}x{} of the images".format(*size), flush=True)
+    return size
 
 
 def table(results: Sequence[dict]) -> str:
@@ -260,6 +270,8 @@ def main(args: list[str]) -> dict:
     settings = parse(EvaluateSettings, __doc__, args, prog="pyrdiff evaluate")
     images, files = ["generated", "reference", "low_res"], ["weights", "lpips_weights"]
     check_paths(settings, models=["model"], images=images, files=files, written=["output"])
+    measured = f"{settings.num_images} images of {settings.model}" if settings.model else settings.generated
+    announce(f"{', '.join(settings.metrics)} of {measured} beside {settings.reference}")
     device = open_device(settings.device)
     scores = compare_pairs(settings, device) if settings.paired else compare_sets(settings, device)
 
@@ -268,7 +280,7 @@ def main(args: list[str]) -> dict:
         value = result.value if math.isfinite(result.value) else str(result.value)  # JSON has no infinity
         interval = None if interval is None else list(interval)
         results.append({"name": result.name, "value": value, "interval": interval, "conventions": result.conventions})
-    resize = "fitted to --resolution: cut to its aspect, bicubic, antialiased" if settings.resolution else None
+    resize = "fitted to settings' resolution: cut to its aspect, bicubic, antialiased" if settings.resolution else None
     report = {
         "settings": asdict(settings),
         "images": {"bits": 8, "data_range": UNIT, "resize": resize},

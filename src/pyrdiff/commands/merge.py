@@ -6,9 +6,10 @@ Example: pyrdiff merge noto-emoji --adapter runs/food:0.7 -o runs/food_merged
 The folder needs no peft, and is as quick as its base.
 """
 
+import shlex
 from dataclasses import dataclass
 
-from pyrdiff.cli import expect, parse
+from pyrdiff.cli import announce, expect, parse
 from pyrdiff.commands.paths import check_paths
 
 
@@ -32,6 +33,7 @@ class MergeSettings:
 def main(args: list[str]) -> dict:
     settings = parse(MergeSettings, __doc__, args, prog="pyrdiff merge")
     check_paths(settings, models=["model"])
+    announce(f"{settings.model} with {', '.join(settings.adapter)} merged into it, in {settings.output}")
     import pyrdiff
     from pyrdiff import hub
 
@@ -48,4 +50,5 @@ def main(args: list[str]) -> dict:
         training={"base": base, "adapters": ", ".join(named)},
     )
     print(f"saved {folder}: {base} with {', '.join(named)}", flush=True)
+    print(f"next: pyrdiff sample {shlex.quote(str(folder))} -o samples")
     return {"pipeline": str(folder), "base": base, "adapters": named}

@@ -8,10 +8,11 @@ are added up from that. With --bench, a result of pyrdiff bench, plans are chose
 a target the cheapest that reaches it, within a budget the cheapest of those that cannot be told from the best.
 """
 
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pyrdiff.cli import expect, parse
+from pyrdiff.cli import announce, expect, parse
 from pyrdiff.commands.paths import check_paths
 from pyrdiff.machine import open_device
 
@@ -44,6 +45,9 @@ class PlanSettings:
 def main(args: list[str]) -> dict:
     settings = parse(PlanSettings, __doc__, args, prog="pyrdiff plan")
     check_paths(settings, models=["model"], files=["bench"], written=["costs"])
+    known = settings.costs is not None and Path(settings.costs).exists()
+    how = f"from {settings.costs}" if known else f"timed here, {settings.batch_size} images together"
+    announce(f"what the plans of {settings.model} cost, {how}")
     import pyrdiff
     from pyrdiff.plan import StepCosts, bench_plans, choose, measure_costs
 
@@ -55,11 +59,11 @@ def main(args: list[str]) -> dict:
     plans, quality, intervals = dict(pipeline.config.plans or {}), None, None
     if settings.bench:
         plans, quality, intervals = bench_plans(settings.bench)
-    if settings.costs and Path(settings.costs).exists():
+    if known:
         costs = StepCosts.load(settings.costs)
         costs.check(pipeline, settings.batch_size)
     else:
-        costs = measure_costs(pipeline, settings.batch_size, plans)
+        costs = measure_costs(pipeline, settings.batch_size, plans, progress=True)
         if settings.costs:
             costs.save(settings.costs)
 
@@ -82,5 +86,7 @@ def main(args: list[str]) -> dict:
     if settings.budget_ms is not None or settings.target is not None:
         chosen = choose(pipeline, costs, plans, settings.budget_ms, quality, settings.target, intervals)
         print(f"chosen: {chosen} {plans[chosen]}")
+        if not settings.bench:  # whose arms may have other names than the model's plans
+            print(f"next: pyrdiff sample {shlex.quote(settings.model)} --plan {chosen}")
     where = {"batch_size": costs.batch_size, "device": costs.device, "dtype": costs.dtype, "model": costs.model}
     return {"settings": asdict(settings), **where, "plans": rows, "chosen": chosen}

@@ -8,7 +8,7 @@ Methods are found through the entry-point group pyrdiff.methods. One that fails 
 
 from dataclasses import dataclass
 
-from pyrdiff.cli import parse
+from pyrdiff.cli import announce, parse
 from pyrdiff.plugins import GROUP, classes, plugins
 
 
@@ -19,6 +19,7 @@ class PluginsSettings:
 
 def main(args: list[str]) -> dict:
     parse(PluginsSettings, __doc__, args, prog="pyrdiff plugins")
+    announce("loading the installed methods")
     rows = []
     for plugin in plugins():
         names, error = [], plugin.error

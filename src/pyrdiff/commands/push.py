@@ -7,10 +7,11 @@ The folder is checked first. A push that is interrupted leaves what was publishe
 the files and their sizes are printed, and nothing is sent.
 """
 
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from pyrdiff.cli import expect, parse
+from pyrdiff.cli import announce, expect, parse
 
 
 @dataclass(kw_only=True)
@@ -47,8 +48,14 @@ class PushSettings:
 
 def main(args: list[str]) -> dict:
     settings = parse(PushSettings, __doc__, args, prog="pyrdiff push")
+    sent = "nothing is sent (dry run)" if settings.dry_run else f"published as {settings.repo_id} in one commit"
+    announce(f"{settings.model}: checked first, then {sent}; Ctrl-C leaves what was published before")
+    from huggingface_hub.utils import disable_progress_bars
+
     from pyrdiff import hub
 
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     done = hub.push(
         settings.model,
         settings.repo_id,
@@ -60,6 +67,7 @@ def main(args: list[str]) -> dict:
         pictures=list(settings.pictures) or None,
         max_megapixels=settings.max_megapixels,
         dry_run=settings.dry_run,
+        say=announce,
     )
     if settings.dry_run:
         print(f"{done.card}\n{'-' * 80}")
@@ -68,4 +76,6 @@ def main(args: list[str]) -> dict:
     for file in done.deleted:
         print(f"{'deleted':>12}  {file}")
     print(f"{len(done.files)} files, {sum(done.files.values()):,} bytes: {done.url or 'nothing was sent (dry run)'}")
+    if done.url:
+        print(f"next: pyrdiff check {done.repo_id}")
     return asdict(done)

@@ -4,8 +4,9 @@ Generate images with a model.
 Example: pyrdiff sample noto-emoji -n 16 --plan fast -o samples
 
 Image k has a generator of its own, seeded with --seed + k, so that it is the same in every batch and on every run. It
-is written as a file of that number as soon as it is done; report.json says how they were made. A folder holds the
-images of one model and one way of sampling.
+is written as a file of that number as soon as it is done; report.json says how they were made, and so does each file:
+pyrdiff sample --config 00003.png -o again draws it again. A folder holds the images of one model and one way of
+sampling.
 
 Exit code: 0 all done, 2 bad input, 130 or 143 after Ctrl-C or SIGTERM; the images that were finished by then stay.
 """
@@ -13,14 +14,16 @@ Exit code: 0 all done, 2 bad input, 130 or 143 after Ctrl-C or SIGTERM; the imag
 import inspect
 import json
 import math
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pyrdiff.cli import expect, parse
+from pyrdiff.cli import announce, expect, parse
 from pyrdiff.commands.paths import check_paths
+from pyrdiff.commands.recipes import text_of
 from pyrdiff.machine import open_device, versions
 from pyrdiff.parts.files import replacing
 from pyrdiff.parts.json_files import parse_json
@@ -44,12 +47,15 @@ FLAGS = (
     "guidance_interval",
 )
 OURS = ("batch_size", "generator", "output_type", "return_dict")  # arguments of the call that the command sets
+RECIPE = (*FLAGS, "budget_ms", "arguments", "dtype", "revision")  # flags that decide how the image of a seed looks
 IN_GRID = 64
 
 
 @dataclass(kw_only=True)
 class SampleSettings:
     """Flags of `pyrdiff sample`."""
+
+    in_pictures: ClassVar[tuple[str, ...]] = ("model", "adapter", "seed", "num_images", *RECIPE)  # of --config FILE.png
 
     model: str
     """Exported folder, or a repository on the Hub; none of its code is run."""
@@ -273,11 +279,10 @@ def write_json(report: dict, target: Path, outputs: Outputs | None = None) -> No
 
 def recipe(settings: SampleSettings) -> dict:
     """What decides how the image of a seed looks: the model as it is now, and the flags of the call."""
-    flags = (*FLAGS, "budget_ms", "arguments", "dtype", "revision")
     return {
         **model_as_it_is(settings.model),
         **adapters_as_they_are(settings.adapter),
-        **{flag: getattr(settings, flag) for flag in flags},
+        **{flag: getattr(settings, flag) for flag in RECIPE},
     }
 
 
@@ -298,6 +303,16 @@ def adapters_as_they_are(adapters: Sequence[str] | None) -> dict:
     from pyrdiff.hub import parse_adapters
 
     return {"adapters": [[model_as_it_is(place), weight] for place, weight in parse_adapters(adapters).items()]}
+
+
+def drawn_by(settings: SampleSettings, arguments: dict, seed: int) -> dict:
+    """The flags that draw one image: the plan that was found for `--plan auto`, and the class that it has."""
+    flags = {flag: getattr(settings, flag) for flag in RECIPE}
+    if settings.plan == "auto":
+        flags |= {"plan": arguments["plan"], "budget_ms": None}
+    if settings.classes:
+        flags["classes"] = [settings.classes[seed % len(settings.classes)]]
+    return {"model": settings.model, "adapter": settings.adapter, "seed": seed, "num_images": 1, **flags}
 
 
 def refuse_mixing(paths: list[Path], outputs: Outputs) -> list[Path]:
@@ -332,6 +347,10 @@ def refuse_mixing(paths: list[Path], outputs: Outputs) -> list[Path]:
 def main(args: list[str]) -> dict:
     settings = parse(SampleSettings, __doc__, args, prog="pyrdiff sample")
     check_paths(settings, models=["model"], written=["grid"])
+    plan = f", plan {settings.plan}" if settings.plan else ""
+    announce(
+        f"{settings.num_images} images of {settings.model}{plan} into {settings.output} (Ctrl-C keeps the finished)"
+    )
     from tqdm import tqdm
 
     folder, arguments = Path(settings.output), call_arguments(settings)
@@ -356,9 +375,11 @@ def main(args: list[str]) -> dict:
     done, code, began = [], 0, time.perf_counter()
     images = generate(pipeline, seeds, settings.batch_size, arguments) if pipeline else ()
     try:
-        for seed, image in tqdm(zip(seeds, images, strict=True), total=len(seeds), unit="image", disable=not seeds):
+        for seed, image in tqdm(
+            zip(seeds, images, strict=True), total=len(seeds), unit="image", disable=None if seeds else True
+        ):
             with outputs.replacing(paths[seed]) as beside:
-                image.save(beside, "PNG")
+                image.save(beside, "PNG", pnginfo=text_of(drawn_by(settings, arguments, seed)))
             done.append(seed)
     except (KeyboardInterrupt, SystemExit) as stopped:  # Ctrl-C and SIGTERM
         code = getattr(stopped, "code", 130)
@@ -386,4 +407,6 @@ def main(args: list[str]) -> dict:
         write_grid([folder / file["file"] for file in files[:IN_GRID]], Path(settings.grid), reports)
     counts = ", ".join(f"{count} {name}" for name, count in report["counts"].items())
     print(f"{counts}, in {seconds:.1f} s: {folder}")
+    if done and code == 0:
+        print(f"again: pyrdiff sample --config {shlex.quote(str(paths[done[0]]))} -o again")
     return {**report, "exit_code": code}

@@ -4,7 +4,7 @@ Train a model on a folder of images. The same command run again resumes.
 Example: pyrdiff train pddpm --train_data_dir my_images --minutes 60 -o runs/mine
 """
 
-from pyrdiff.cli import parse
+from pyrdiff.cli import announce, parse
 from pyrdiff.commands.paths import check_paths
 from pyrdiff.plugins import Method, find, methods, plugins
 
@@ -24,6 +24,12 @@ def main(args: list[str]) -> dict | None:
     method = find(args[0])
     settings = parse(method.settings, describe(args[0], method), args[1:], prog=f"pyrdiff train {args[0]}")
     check_paths(settings, images=["train_data_dir"])
+    length = f"{settings.max_train_steps:,} steps" if settings.minutes is None else f"{settings.minutes:g} minutes"
+    images, sizes = settings.train_data_dir or settings.dataset_name, ", ".join(map(str, settings.resolution))
+    announce(
+        f"{args[0]} on {images} at {sizes}, {length}, in {settings.output_dir} "
+        "(Ctrl-C saves a checkpoint; the same command goes on)"
+    )
     from pyrdiff.training import loop
 
     folder = loop.train(method, settings)

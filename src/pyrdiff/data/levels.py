@@ -120,7 +120,7 @@ class ImageLevels:
             allow_enlarging: Whether an image smaller than the highest level is enlarged, or else is a bad image.
             cache_dir: Folder of the cache, made if missing; None keeps the levels in memory.
             max_pixels: Larger images are bad images and not decoded.
-            progress: Show a progress bar.
+            progress: Show a progress bar, on a terminal.
             num_threads: Decoding threads; None for one a core, at most 8. Does not change the result.
 
         Raises:
@@ -263,7 +263,7 @@ class _Reading:
         """Results in order, a few at a time, so that memory does not depend on how many images there are."""
         indices = range(len(self.source))
         chunk = 32 * self.num_threads
-        bar = tqdm(total=len(indices), desc="images", unit="img", disable=not self.progress)
+        bar = tqdm(total=len(indices), desc="images", unit="image", disable=None if self.progress else True)
         with bar, ThreadPoolExecutor(self.num_threads) as pool:
             for start in range(0, len(indices), chunk):
                 for result in pool.map(self._read, indices[start : start + chunk]):

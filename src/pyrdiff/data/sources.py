@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from .glyphs import draw_glyphs
 from .images import BadImageError, decode_image, fit_image
@@ -178,9 +179,13 @@ def read_image(
     return image if size is None else fit_image(image, *size)
 
 
-def sizes_of(source: ImageSource) -> list[tuple[int, int]]:
-    """(height, width) of each image. Every image is decoded: the first bad one raises `BadImageError`."""
-    images = (read_image(source, index, 3) for index in range(len(source)))
+def sizes_of(source: ImageSource, progress: str | None = None) -> list[tuple[int, int]]:
+    """
+    (height, width) of each image. Every image is decoded: the first bad one raises `BadImageError`. `progress` is the
+    title of a progress bar, which a terminal shows.
+    """
+    indices = tqdm(range(len(source)), desc=progress, unit="image", disable=True if progress is None else None)
+    images = (read_image(source, index, 3) for index in indices)
     return [(image.height, image.width) for image in images]
 
 

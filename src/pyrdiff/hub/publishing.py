@@ -2,6 +2,7 @@
 
 import io
 import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +55,7 @@ def push(
     token: str | None = None,
     max_megapixels: float = MAX_MEGAPIXELS,
     dry_run: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> Push:
     """
     Publishes an exported folder on the Hub: code, safetensors, configs, card and pictures, in one commit.
@@ -74,18 +76,20 @@ def push(
         token: By default the one that is logged in, or HF_TOKEN.
         max_megapixels: As for `pyrdiff.load`.
         dry_run: Only list what would be published.
+        say: f(line), called before each part that takes a while.
 
     Raises:
         ValueError: if the folder is not sound, or an argument is not accepted; nothing was sent.
         OSError: if the Hub refused or was not reached; the earlier revision is as it was.
     """
-    folder = Path(path)
+    folder, say = Path(path), say or (lambda line: None)
     if not folder.is_dir():
         raise ValueError(f"path={str(path)!r}: expected an exported folder")
     measured = None if bench is None else card.read_bench(bench)
     for picture in pictures or []:
         if not Path(picture).is_file():
             raise ValueError(f"pictures: {str(picture)!r} is no file")
+    say("checking the folder")
     checked = check(folder, max_megapixels=max_megapixels)
     if not checked.sound:
         raise ValueError(f"path={str(path)!r}: is not sound: {'; '.join(checked.problems)}")
@@ -95,6 +99,7 @@ def push(
         shown = {Path(picture).name: Path(picture).stem.replace("_", " ") for picture in pictures}
         content |= {Path(picture).name: Path(picture) for picture in pictures}
     elif pictures is None:
+        say("drawing samples for the card")
         content, shown = _with_samples(folder, content, max_megapixels)
     text = card.read(folder / "README.md") if "README.md" in content else "---\n{}\n---\n"
     filled = partial(card.fill, text, license=license, bench=measured, pictures=shown)
@@ -121,6 +126,7 @@ def push(
     earlier = [sibling.rfilename for sibling in before.siblings or []]
     result.deleted = [file for file in earlier if file not in content and file not in KEPT]
     operations += [CommitOperationDelete(file) for file in result.deleted]
+    say(f"sending {len(content)} files, {sum(sizes.values()):,} bytes")
     with _refusals(name):
         commit = api.create_commit(
             name,

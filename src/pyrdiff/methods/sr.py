@@ -30,6 +30,7 @@ class SuperResolutionSettings(TrainingSettings):
     """
 
     allow_enlarging: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
 
     output_dir: str = "runs/sr"
     scale_factor: tuple[int, ...] = (4,)

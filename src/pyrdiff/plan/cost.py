@@ -119,6 +119,7 @@ def measure_costs(
     plans: dict[str, dict] | None = None,
     steps: int = 10,
     rounds: int = 3,
+    progress: bool = False,
 ) -> StepCosts:
     """
     Times every scheduler at every level where a plan uses it, with the network: runs of few and of more steps, one
@@ -131,6 +132,7 @@ def measure_costs(
             all its levels.
         steps: Steps of the longer run, 3 or more; the shorter one has 2.
         rounds: Timed runs of each; the median counts.
+        progress: Show a progress bar, on a terminal.
 
     Raises:
         ValueError: unless batch_size and rounds are 1 or more and steps 3 or more, or for an empty or wrong plan.
@@ -160,7 +162,7 @@ def measure_costs(
 
     # All the short runs, then all the long ones: either kind finds the caches as a run at another size left them.
     works = {(step, count): partial(run, step, count) for count in (2, steps) for step in timed}
-    runs = in_turn(works, rounds, pipeline.device)
+    runs = in_turn(works, rounds, pipeline.device, progress="timing" if progress else None)
     seconds: dict[str, dict[str, float]] = {step.scheduler: {} for step in timed}
     overhead: dict[str, dict[str, float]] = {step.scheduler: {} for step in timed}
     for step in timed:

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from tqdm import tqdm
 
 from pyrdiff import hub
 from pyrdiff.data import MultiScaleBatches
@@ -29,6 +28,7 @@ from .lock import FolderLock
 from .losses import Draws
 from .opening import Stage, batches_of, network_of, source_of, stages_of
 from .outcomes import Launched, Outcome, launched
+from .progress import Progress
 from .settings import TrainingDiverged, TrainingSettings, TrainingStopped
 from .stopping import TIME_IS_UP, Budget, Signals, Stopwatch
 
@@ -204,13 +204,14 @@ class Run:
             self.folder.open(self.step)
             reports.opening(self)
         self.accelerator.wait_for_everyone()
-        bar = tqdm(total=self.total_steps, initial=self.step, disable=not is_main, mininterval=2.0, desc="training")
+        progress = Progress(self)
         warm = self.step + 2 * len(self.images.sizes)  # the first visits to a level compile and warm up
         stop, unread = 0, []
-        with bar, self.signals:
+        with progress, self.signals:
             while self.step < self.total_steps and not stop:
                 began = self.watch.clock()
-                unread.append(self.optimise())
+                current = self.optimise()
+                unread.append(current)
                 saving, logging = self._is_due(settings.checkpointing_steps), self._is_due(settings.logging_steps)
 
                 # On a GPU a step is checked while the next one is running: no waiting, one step late. Every process
@@ -219,19 +220,21 @@ class Run:
                 while len(unread) > (0 if stop else behind):
                     step = unread.pop(0)
                     outcome = self.checked(step)
+                    progress.read(outcome.loss)
                     stop = outcome.stop
                 if logging and is_main:
                     reports.log_step(self, step, outcome.loss)
                 if saving or stop:
                     self._save()
+                    progress.saved()
                 if self.step > warm:
                     self.budget.note_step(self.watch.clock() - began)
-                bar.update()
+                progress.trained(current, self.watch.clock() - began)
                 if not stop and self._preview_is_due():
                     self._preview()
                 if self._plan_is_due():
                     self._plan_length()
-                    bar.total = self.total_steps
+                    progress.plan()
         if 0 < stop < TIME_IS_UP:
             self.accelerator.end_training()
             raise TrainingStopped(stop, self.step)
@@ -423,8 +426,7 @@ class Run:
                 if self.method.tune is not None and not adapts:
                     self.method.tune(self.settings, self.pipeline, target)
             reports.closing(self, target)
-            if self.step <= self.settings.lr_warmup_steps:
-                print(f"note: {self.step} steps are no more than lr_warmup_steps: it has learnt next to nothing")
+            print(f"next: {reports.next_command(self, target)}", flush=True)
         self.accelerator.end_training()
         if self.repo_id is not None:
             try:

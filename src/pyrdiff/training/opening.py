@@ -11,6 +11,7 @@ from pyrdiff.data import ImageLevels, ImageSource, MultiScaleBatches, open_sourc
 from pyrdiff.data.sources import FolderImages
 from pyrdiff.plugins import Method
 
+from .notes import notes_on_images
 from .settings import TrainingSettings
 from .starting import Start, open_start
 
@@ -82,6 +83,8 @@ def batches_of(settings: TrainingSettings, source: ImageSource, accelerator: Acc
             cache_dir=settings.cache_dir,
             progress=accelerator.is_main_process,
         )
+        for note in notes_on_images(images, settings):
+            accelerator.print(f"note: {note}", flush=True)
     return MultiScaleBatches(
         images,
         settings.train_batch_size,

@@ -1,7 +1,7 @@
 """What a person sees of a run: what is printed and logged, previews, and the training's facts on the model card."""
 
 import copy
-import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,9 @@ import diffusers
 import torch
 
 import pyrdiff
+from pyrdiff import hub
+
+from .notes import notes_on_length
 
 if TYPE_CHECKING:
     from .loop import Run
@@ -22,15 +25,18 @@ def versions() -> dict[str, str]:
 
 
 def opening(run: "Run") -> None:
-    """Prints the resolved settings and what is trained on, and starts the trackers."""
+    """Prints where the resolved settings are and what is trained on, and starts the trackers."""
     settings, images, accelerator = asdict(run.settings), run.images, run.accelerator
     print(
-        f"{json.dumps(settings, indent=2)}\n{len(images)} images ({len(images.bad)} skipped, {images.composited} with "
-        f"transparency laid on {tuple(run.settings.background)}, {images.enlarged} enlarged), "
+        f"settings, log and checkpoints: {run.folder.path}\n"
+        f"{len(images)} images ({len(images.bad)} skipped, {images.composited} with transparency laid on "
+        f"{tuple(run.settings.background)}, {images.enlarged} enlarged), "
         f"{parameters(run) / 1e6:.1f}M parameters, batches {run.batches.batch_sizes} in each of "
         f"{accelerator.num_processes} processes on {accelerator.device}, mixed precision {accelerator.mixed_precision}",
         flush=True,
     )
+    for note in notes_on_length(run.total_steps, run.settings) if run.settings.minutes is None else ():
+        print(f"note: {note}", flush=True)
     if run.settings.report_to:
         config = {key: v if isinstance(v, (int, float, str, bool)) else str(v) for key, v in settings.items()}
         try:
@@ -91,6 +97,17 @@ def track(run: "Run", values: dict[str, float]) -> None:
 
 def closing(run: "Run", target: Path) -> None:
     print(f"saved {target} after {run.step} steps, {run.watch.seconds / 60:.1f} minutes", flush=True)
+
+
+def next_command(run: "Run", target: Path) -> str:
+    """What to type once the pipeline, or the adapter, is in its folder."""
+    model = shlex.quote(str(target))
+    if run.settings.lora_rank is not None:
+        model = f"{shlex.quote(run.settings.init_from)} --adapter {model}"
+    if hub.needs_image(type(run.pipeline)):
+        return f"pyrdiff upscale {model} -i my_pictures -o larger"
+    plan = " --plan fast" if "fast" in (run.pipeline.config.get("plans") or {}) else ""
+    return f"pyrdiff sample {model}{plan} -o samples"
 
 
 def card_facts(run: "Run") -> dict[str, object]:

@@ -31,6 +31,7 @@ class TrainingSettings:
 
     class_labels: ClassVar[bool] = False  # whether the images' classes are trained on
     allow_enlarging: ClassVar[bool] = True  # whether images smaller than the resolution may be trained on
+    generates: ClassVar[bool] = True  # whether whole images are drawn, of which it takes more than a few
     level_share: ClassVar[tuple[int, ...] | None] = None  # as `MultiScaleBatches` takes it
 
     train_data_dir: str | None = None
