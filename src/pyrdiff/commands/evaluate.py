@@ -291,4 +291,5 @@ def main(args: list[str]) -> dict:
     print(table(results))
     if settings.output:
         write_json(report, Path(settings.output))
+        print(f"scores, and how they were made: {settings.output}")
     return report
