@@ -19,10 +19,10 @@ ROOMS = {
     "plan": {"plan", "data", "machine", "metrics"},
     "machine.py": set(),
     "plugins.py": set(),
-    "training": {"training", "plugins", "data", "models", "schedulers", "pipelines", "hub"},
+    "training": {"training", "plugins", "data", "models", "schedulers", "pipelines", "hub", "machine"},
     "methods": {"methods", "plugins", "training", "data", "models", "schedulers", "pipelines", "plan", "metrics"},
     "hub": {"hub", "plugins"},
-    "upscaling": {"upscaling", "data", "hub"},
+    "upscaling": {"upscaling", "data", "hub", "machine"},
 }
 
 

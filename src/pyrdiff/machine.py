@@ -101,3 +101,13 @@ def in_turn(
         if report is not None:
             report(turn, name, seconds)
     return found
+
+
+def duration(seconds: float) -> str:
+    """As people say it: 40 s, 2 min, 1 h 20 min."""
+    if seconds < 90:
+        return f"{max(round(seconds), 1)} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes % 60 else f"{minutes // 60} h"

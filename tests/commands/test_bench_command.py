@@ -130,8 +130,10 @@ def test_a_model_that_generates(run, tmp_path, models, squeezenet_file):  # noqa
     conventions = result["conventions"]
     assert (conventions["count"], conventions["count_real"], conventions["resize"]) == (6, 7, None)
     assert conventions["features"] == network.conventions
-    lines = printed.splitlines()
-    assert printed.strip() == card.table(result) and len(lines) == 2 + len(result["arms"])
+    first, *lines, counted, following = printed.splitlines()
+    assert "each way is timed 1 times" in first and counted.startswith("5 of 5 ways: ")
+    assert following.startswith("next: pyrdiff push ") and result["not_reached"] == []
+    assert "\n".join(lines) == card.table(result) and len(lines) == 2 + len(result["arms"])
     for name, line in zip(result["arms"], lines[2:], strict=True):
         assert line.startswith(f"| {name} ")
 

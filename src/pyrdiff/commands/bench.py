@@ -101,7 +101,7 @@ def main(args: list[str]) -> dict:
         announce(f"{options.tune:g} minutes of search for plans of {options.model}, by images of {options.reference}")
         return tune_saved(options)
     announce(
-        f"{options.model} beside images of {options.reference}: each way is timed {options.runs} times, then scored, "
+        f"{options.model} beside images of {options.reference}: each way is timed {options.runs} times and scored, "
         f"into {options.output} (Ctrl-C keeps the ways that are scored)"
     )
     import torch

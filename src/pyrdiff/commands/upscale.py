@@ -342,6 +342,7 @@ def main(args: list[str]) -> dict:
     settings = parse(UpscaleSettings, __doc__, args, prog="pyrdiff upscale")
     check_paths(settings, models=["model"], written=["report"])
     expect(settings, "input", Path(settings.input).exists(), "a file or a folder")
+    say(f"{settings.input} enlarged by {settings.model} into {settings.output} (Ctrl-C keeps the finished)")
     plan = find_work(settings, settings.recipe)
     output, work = plan.output, plan.work
     report_path = Path(settings.report) if settings.report else output / "report.json"

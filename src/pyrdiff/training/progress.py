@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
+from pyrdiff.machine import duration
+
 from .notes import notes_on_length
 
 if TYPE_CHECKING:
@@ -80,15 +82,7 @@ class Progress:
         run = self.run
         left = (run.total_steps - run.step) * run.budget.step_seconds
         at = time.strftime("%H:%M", time.localtime(time.time() + left))
-        line = f"{run.total_steps:,} steps, {run.budget.step_seconds:.2g} s each: done about {at}, in {_spoken(left)}"
+        line = f"{run.total_steps:,} steps, {run.budget.step_seconds:.2g} s each: done about {at}, in {duration(left)}"
         tqdm.write(line)
         for note in notes_on_length(run.total_steps, run.settings) if run.settings.minutes is not None else ():
             tqdm.write(f"note: {note}")
-
-
-def _spoken(seconds: float) -> str:
-    """A time as people say it: 40 s, 12 min, 3 h 5 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

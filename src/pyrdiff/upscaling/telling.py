@@ -5,6 +5,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from pyrdiff.machine import duration
+
 FROM = 6  # passes of windows through the network; fewer are over before their time is known
 
 
@@ -25,16 +27,6 @@ def reason(error: Exception) -> str:
     """What went wrong with a file, in one line."""
     text = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error) or type(error).__name__
     return one_line(text)
-
-
-def duration(seconds: float) -> str:
-    """As people say it: 40 s, 2 min, 1 h 20 min."""
-    if seconds < 90:
-        return f"{max(round(seconds), 1)} s"
-    minutes = round(seconds / 60)
-    if minutes < 90:
-        return f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes % 60 else f"{minutes // 60} h"
 
 
 class Progress:
