@@ -239,7 +239,7 @@ def test_revision_and_dtype_are_the_loaders(run, tmp_path, monkeypatch, models):
     load, asked = hub.load, []
     monkeypatch.setattr(hub, "load", lambda name, **options: asked.append(options) or load(name, **options))
     code, printed, _ = run(tmp_path, "--num_images", 1, "--revision", "v1", "--dtype", "bfloat16", *FEW)
-    asked_for = {"revision": "v1", "dtype": torch.bfloat16, "max_megapixels": 64}
+    asked_for = {"revision": "v1", "dtype": torch.bfloat16, "max_megapixels": 64, "adapters": {}}
     assert code == 0 and asked == [asked_for] and "bfloat16" in printed
 
 

@@ -66,7 +66,9 @@ def test_two_sets(run, tmp_path, squeezenet_file):
     report = json.loads((tmp_path / "a/scores.json").read_text())
     found = {result["name"]: result for result in report["results"]}
     assert list(found) == ["FD-squeezenet", "KD-squeezenet", "precision", "recall"]
-    assert [line.split()[0] for line in printed.splitlines()] == ["metric", *found]
+    first, *lines, last = printed.splitlines()
+    assert "beside" in first and last.endswith(str(tmp_path / "a/scores.json"))
+    assert [line.split()[0] for line in lines] == ["metric", *found]
     network = metrics.open_features("squeezenet", squeezenet_file)
     settings = dict(features=network, data_range=(0, 1))
     frechet = metrics.frechet_distance(tensor(real), tensor(fake), **settings)
