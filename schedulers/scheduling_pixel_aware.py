@@ -334,7 +334,7 @@ class PixelAwareScheduler(KeepsSource, Algorithm1, SchedulerMixin, ConfigMixin):
         """
         self._check_steps(steps)
         rate, noise = self._rate_of(structure, clean), self.noise_of(sample, clean, timestep, structure)
-        at = torch.as_tensor(timestep, device=sample.device, dtype=torch.float32).expand(len(sample))
+        at = torch.as_tensor(timestep, dtype=torch.float32).to(sample.device, non_blocking=True).expand(len(sample))
         noises = []
         for step in steps:
             mask = beside((at >= step).to(rate.dtype), rate)

@@ -28,6 +28,7 @@ LONG = (
     "tests/pipelines/test_pipeline_pyramidal.py::test_a_pyramid_has_the_right_spectrum",
     "tests/pipelines/test_pipeline_pyramidal.py::test_one_level_has_the_right_spectrum",
     "tests/pipelines/test_pipeline_residual_sr.py::test_it_loads_where_pyrdiff_is_not_installed",
+    "tests/pipelines/test_pipeline_waits.py",
     "tests/pipelines/test_upscale_example.py",
     "tests/plan/test_plan_example.py",
     "tests/plan/test_plan_tune.py",
@@ -39,6 +40,7 @@ LONG = (
     "tests/training/test_loop.py",
     "tests/training/test_pixel_aware.py",
     "tests/training/test_sr.py",
+    "tests/training/test_training_waits.py",
 )
 
 

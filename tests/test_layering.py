@@ -21,7 +21,7 @@ ROOMS = {
     "plugins.py": set(),
     "training": {"training", "plugins", "data", "models", "schedulers", "pipelines", "hub", "machine"},
     "methods": {"methods", "plugins", "training", "data", "models", "schedulers", "pipelines", "plan", "metrics"},
-    "hub": {"hub", "plugins"},
+    "hub": {"hub", "plugins", "machine"},
     "upscaling": {"upscaling", "data", "hub", "machine"},
 }
 

@@ -1,7 +1,8 @@
 """What a figure was measured on, and how long work takes there. Torch is imported only when it is needed."""
 
+import os
 import platform
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 PACKAGES = ("pyrdiff", "torch", "diffusers", "pillow", "numpy")
 CPUINFO = Path("/proc/cpuinfo")
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the settings of torch's memory on a GPU
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -27,12 +29,42 @@ def open_device(name: str | None = None) -> "torch.device":
     """The device of this name, by default the GPU if there is one. Raises `ValueError` unless it can be used."""
     import torch
 
+    set_up_gpu()
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={name!r}: expected one of this machine, such as cpu ({error})") from error
     return device
+
+
+def set_up_gpu(training: bool = False) -> None:
+    """
+    All that is set for work on CUDA; to be called before the first tensor there. `benchmarks/gpu.sh` measures each.
+
+    - Memory is taken in segments that grow: the many sizes of pyramids and windows would leave holes between fixed
+      ones. `PYTORCH_ALLOC_CONF` and `PYTORCH_CUDA_ALLOC_CONF` count more.
+    - A training repeats few sizes many times. cuDNN tries its kernels at the first step of each size (`benchmark`), and
+      float32 products are computed in TF32, as convolutions are by default. Sampling, which meets a size for a few
+      calls and whose float32 is to be float32, keeps PyTorch's own settings.
+
+    Args:
+        training: True for a training.
+    """
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[1]] = "expandable_segments:True"
+    if training:
+        import torch
+
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+def seeded(seeds: Iterable[int], device: "torch.device | str") -> "list[torch.Generator]":
+    """A generator for each seed, on the device: what one of the CPU draws costs a GPU a copy, and a wait, each time."""
+    import torch
+
+    return [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
 
 def device_name(device: "torch.device") -> str:

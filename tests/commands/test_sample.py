@@ -259,6 +259,8 @@ def test_a_pipeline_of_another_package(run, tmp_path, monkeypatch):
 
 
 class ByPrompt:
+    device = "cpu"
+
     def __call__(self, prompt, generator=None):
         return ImagePipelineOutput([f"{prompt} {generator[0].initial_seed()}"])
 

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from pyrdiff import metrics
 from pyrdiff.commands.bench import BenchSettings, digits
 from pyrdiff.data import ImageSource, image_tensor, read_image, sizes_of
+from pyrdiff.machine import seeded
 from pyrdiff.metrics import Score
 from pyrdiff.plan import clipping
 
@@ -152,7 +153,7 @@ class Task(ABC):
 
     def generators(self, indices: Sequence[int]) -> list[torch.Generator]:
         """Of each image, seeded with `--seed` and its index."""
-        return [torch.Generator().manual_seed(self.options.seed + index) for index in indices]
+        return seeded([self.options.seed + index for index in indices], self.pipeline.device)
 
     def rows(self, scores: Sequence[Score]) -> dict[str, dict]:
         """Scores for the JSON; their conventions are noted, but for those that all scores share."""

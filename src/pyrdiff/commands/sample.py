@@ -3,10 +3,10 @@ Generate images with a model.
 
 Example: pyrdiff sample noto-emoji -n 16 --plan fast -o samples
 
-Image k has a generator of its own, seeded with --seed + k, so that it is the same in every batch and on every run. It
-is written as a file of that number as soon as it is done; report.json says how they were made, and so does each file:
-pyrdiff sample --config 00003.png -o again draws it again. A folder holds the images of one model and one way of
-sampling.
+Image k has a generator of its own, seeded with --seed + k, so that it is the same in every batch and on every run. On a
+GPU it is another than on the CPU, since the generator is where the model is. It is written as a file of that number as
+soon as it is done; report.json says how they were made, and so does each file: pyrdiff sample --config 00003.png -o
+again draws it again. A folder holds the images of one model and one way of sampling.
 
 Exit code: 0 all done, 2 bad input, 130 or 143 after Ctrl-C or SIGTERM; the images that were finished by then stay.
 """
@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pyrdiff.cli import announce, expect, parse
 from pyrdiff.commands.paths import check_paths
 from pyrdiff.commands.recipes import text_of
-from pyrdiff.machine import open_device, versions
+from pyrdiff.machine import open_device, seeded, versions
 from pyrdiff.parts.files import replacing
 from pyrdiff.parts.json_files import parse_json
 from pyrdiff.parts.outputs import Outputs, made_by
@@ -178,13 +178,11 @@ def generate(
     One PIL image a seed, in their order. Each has its own generator, whatever the batch. A pipeline whose call takes no
     `batch_size` makes one image a call. Of several `classes`, seed k takes number k, then again the first.
     """
-    import torch
-
     classes = classes_of(arguments)
     batched = "batch_size" in inspect.signature(pipeline.__call__).parameters
     step = batch_size if batched else 1
     for start in range(0, len(seeds), step):
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds[start : start + step]]
+        generators = seeded(seeds[start : start + step], pipeline.device)
         count = {"batch_size": len(generators)} if batched else {}
         told = {"classes": [classes[seed % len(classes)] for seed in seeds[start : start + step]]} if classes else {}
         images = pipeline(**count, generator=generators, **{**arguments, **told}).images

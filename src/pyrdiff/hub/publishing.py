@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+
+from pyrdiff.machine import open_device, seeded
 
 from . import card
 from .checking import check
@@ -163,9 +164,9 @@ def _with_samples(folder: Path, content: dict, max_megapixels: float) -> tuple[d
         return content, {}
     from diffusers.utils import make_image_grid
 
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline.to(open_device()).set_progress_bar_config(disable=True)
     try:
-        images = pipeline(8, generator=[torch.Generator().manual_seed(seed) for seed in range(8)]).images
+        images = pipeline(8, generator=seeded(range(8), pipeline.device)).images
     except ValueError:  # some can be told not to generate, such as those of the paper's pixel-aware mode
         return content, {}
     picture = io.BytesIO()

@@ -142,8 +142,11 @@ def head_loss(
     expected gradient are the same, the variance is smaller, and no path needs to be drawn. It is twice the mean over
     all steps, since about half of them are masked (j > i).
     """
+    import torch
+
     target = scheduler.tied_noise(noisy, clean, timesteps, steps, structure)
-    kept = timesteps[None] >= timesteps.new_tensor(steps)[:, None]
+    last = torch.tensor(steps, dtype=timesteps.dtype).to(timesteps.device, non_blocking=True)
+    kept = timesteps[None] >= last[:, None]
     return 2 * ((noises.float() - target).square() * kept[:, :, None, None, None]).mean()
 
 

@@ -285,7 +285,7 @@ class ScaleAutoencoder(KeepsSource, Presets, ModelMixin, ConfigMixin):
         looks = time.device.type == "cpu" and not torch.compiler.is_compiling()
         if looks and not ((time >= 0) & (time <= last)).all():
             raise ValueError(f"timestep={timestep}: expected 0 to num_train_timesteps={last}")
-        time = time.to(sample.device).expand(len(sample))
+        time = time.to(sample.device, non_blocking=True).expand(len(sample))
         embedding = self.time_embedding(self.time_proj(time).to(self.dtype))
 
         hidden = self.conv_in(F.pixel_unshuffle(sample, self.config.patch_size))

@@ -413,7 +413,7 @@ class ParallelTrajectoryUNet2DModel(KeepsSource, Presets, ModelMixin, ConfigMixi
             return F.pixel_shuffle(noises, self.config.patch_size)
 
         size = self.config.chunk_size or len(steps)
-        chunks = (torch.tensor(steps, device=features.device) - 1).split(size)
+        chunks = (torch.tensor(steps) - 1).to(features.device, non_blocking=True).split(size)
         if self.training and torch.is_grad_enabled() and size < len(steps):
             return torch.cat([checkpoint(noises_of, rows, use_reentrant=False) for rows in chunks])
         return torch.cat([noises_of(rows) for rows in chunks])
@@ -456,4 +456,4 @@ class ParallelTrajectoryUNet2DModel(KeepsSource, Presets, ModelMixin, ConfigMixi
         looks = time.device.type == "cpu" and not torch.compiler.is_compiling()
         if looks and not ((time > 0) & (time <= total + EXACTNESS)).all():
             raise ValueError(f"timestep={timestep}: expected more than 0 and at most num_train_timesteps={total}")
-        return time.to(sample.device).expand(len(sample))
+        return time.to(sample.device, non_blocking=True).expand(len(sample))

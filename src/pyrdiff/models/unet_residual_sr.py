@@ -224,7 +224,7 @@ class ResidualSRUNet2DModel(KeepsSource, Presets, PeftAdapterMixin, UNet2DModel)
         check_batch(sample, self.config.image_channels, 2 ** (len(self.config.block_out_channels) - 1))
 
         # 1. The noise level, embedded as UNet2DModel embeds a time.
-        level = one_for_each("noise_level", noise_level, sample).to(sample.device)
+        level = one_for_each("noise_level", noise_level, sample).to(sample.device, non_blocking=True)
         level = level.expand(len(sample)) * self.NOISE_LEVEL_SCALE
         embedding = self.time_embedding(self.time_proj(level).to(self.dtype))
 

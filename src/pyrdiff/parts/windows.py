@@ -81,6 +81,16 @@ class Prediction:
     pull: Callable[[torch.Tensor], torch.Tensor]
 
 
+def gradient_of(output: torch.Tensor, at: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
+    """
+    The gradient of <cotangent, output> to `at`. The cotangent is made as large as 1 by a power of two before it goes
+    through the network, and the gradient as small again: float16 has no numbers for what late steps ask for.
+    """
+    largest = cotangent.abs().amax().clamp(min=torch.finfo(cotangent.dtype).tiny)
+    factor = torch.exp2(-largest.log2().ceil())
+    return torch.autograd.grad(output, at, cotangent * factor)[0] / factor
+
+
 class WindowedNetwork:
     """
     A network's prediction for a whole image, and the gradient through it. In windows, neither needs more memory than
@@ -170,7 +180,7 @@ class WindowedNetwork:
     def _pull_of_graph(self, output, leaf, sample, time, condition) -> Callable:
         def pull(cotangent: torch.Tensor) -> torch.Tensor:
             try:
-                return torch.autograd.grad(output, leaf, cotangent)[0]
+                return gradient_of(output, leaf, cotangent)
             except RuntimeError as error:  # the graph did not fit: go on in windows
                 self._halve(error, sample)
             return self._pull(sample, time, condition, cotangent)
@@ -190,8 +200,7 @@ class WindowedNetwork:
         for window in self.windows(padded):
             inside = window.of(padded).detach().requires_grad_()
             output = self.network(inside, time, window.of(condition))
-            pulled = torch.autograd.grad(output, inside, window.weight * window.of(cotangent))[0]
-            window.of(gradient).add_(pulled)
+            window.of(gradient).add_(gradient_of(output, inside, window.weight * window.of(cotangent)))
         return gradient if padded is leaf else torch.autograd.grad(padded, leaf, gradient)[0]
 
     def windows(self, padded: torch.Tensor) -> list[Window]:

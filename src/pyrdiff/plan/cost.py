@@ -15,7 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from pyrdiff.data import replacing
-from pyrdiff.machine import device_name, in_turn
+from pyrdiff.machine import device_name, in_turn, seeded
 from pyrdiff.parts.json_files import read_json
 from pyrdiff.parts.plans import NOISE_PROCESS
 from pyrdiff.parts.steps import LevelSteps
@@ -156,8 +156,8 @@ def measure_costs(
 
     def run(step: Step, count: int, turn: int) -> None:
         runner.scheduler, size = timed[step]
-        generator = torch.Generator(pipeline.device).manual_seed(0)
-        runner(batch_size, [size], count, generator=generator, output_type="latent")
+        generators = seeded(range(batch_size), pipeline.device)  # as `pyrdiff sample` draws
+        runner(batch_size, [size], count, generator=generators, output_type="latent")
         calls[step, count] = runner.num_timesteps
 
     # All the short runs, then all the long ones: either kind finds the caches as a run at another size left them.

@@ -6,6 +6,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import GradientAccumulationPlugin, parse_flag_from_env
 
+from pyrdiff.machine import set_up_gpu
 from pyrdiff.parts.settings import did_you_mean
 
 from .settings import TrainingSettings
@@ -27,6 +28,7 @@ def accelerator_for(settings: TrainingSettings) -> Accelerator:
     if settings.report_to not in (None, *trackers):
         near = did_you_mean(settings.report_to, trackers)
         raise ValueError(f"report_to={settings.report_to!r}: expected one of {trackers}{near}")
+    set_up_gpu(training=True)
     accelerator = Accelerator(
         mixed_precision=settings.mixed_precision,
         # As a plugin, since accelerate takes the plain number from its environment if it is there, too.

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -112,20 +113,8 @@ def variational_bound(
     Returns:
         [B].
     """
-    gamma = scheduler.alphas_cumprod.cpu().double()
-    before = torch.cat([gamma.new_ones(1), gamma[:-1]])
-    beta = 1 - gamma / before
-    posterior = beta * (1 - before) / (1 - gamma)
-    posterior[0] = posterior[1]  # zero; as in the reference, the variance of the step before
-    table = {
-        "of_clean": before.sqrt() * beta / (1 - gamma),
-        "of_noisy": (1 - beta).sqrt() * (1 - before) / (1 - gamma),
-        "signal": gamma.sqrt(),
-        "noise": (1 - gamma).sqrt(),
-        "small": posterior.log(),
-        "large": beta.log(),
-    }
-    at = {name: values.float().to(clean.device)[timesteps][:, None, None, None] for name, values in table.items()}
+    table = _bound_table(scheduler, clean.device)
+    at = {name: values[timesteps][:, None, None, None] for name, values in table.items()}
 
     estimate = (noisy - at["noise"] * noise_prediction) / at["signal"]
     mean = at["of_clean"] * estimate + at["of_noisy"] * noisy
@@ -141,3 +130,22 @@ def variational_bound(
 
     first = (timesteps == 0)[:, None, None, None]
     return torch.where(first, code_length, divergence).flatten(1).mean(1) / math.log(2)
+
+
+@lru_cache(maxsize=2)
+def _bound_table(scheduler, device: torch.device) -> dict[str, torch.Tensor]:
+    """What the bound needs of each step, float32 [T]; kept, since a copy in each step would wait for a GPU."""
+    gamma = scheduler.alphas_cumprod.cpu().double()
+    before = torch.cat([gamma.new_ones(1), gamma[:-1]])
+    beta = 1 - gamma / before
+    posterior = beta * (1 - before) / (1 - gamma)
+    posterior[0] = posterior[1]  # zero; as in the reference, the variance of the step before
+    table = {
+        "of_clean": before.sqrt() * beta / (1 - gamma),
+        "of_noisy": (1 - beta).sqrt() * (1 - before) / (1 - gamma),
+        "signal": gamma.sqrt(),
+        "noise": (1 - gamma).sqrt(),
+        "small": posterior.log(),
+        "large": beta.log(),
+    }
+    return {name: values.float().to(device) for name, values in table.items()}

@@ -12,6 +12,7 @@ from PIL import Image
 
 from pyrdiff.data import image_tensor
 from pyrdiff.hub.enlarging import arguments_of, image_channels
+from pyrdiff.machine import seeded
 from pyrdiff.parts.operators import SeparableOperator, project_onto
 from pyrdiff.parts.windows import Tiling
 from pyrdiff.parts.wrappers import plain
@@ -179,7 +180,7 @@ class Enlarger:
     def _call(self, image: torch.Tensor, one: Pass, seed: int) -> torch.Tensor:
         given = {**self.arguments, **one.arguments}
         if "generator" in self.known:
-            given["generator"] = torch.Generator().manual_seed(seed)
+            (given["generator"],) = seeded([seed], self.device)
         if "output_type" in self.known:
             return self.pipeline(image, **given, output_type="pt").images.float().cpu()
         return image_tensor([self.pipeline(to_picture(image), **given).images[0]], image.shape[1])

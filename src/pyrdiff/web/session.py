@@ -13,7 +13,7 @@ from PIL import Image
 
 import pyrdiff
 from pyrdiff.hub.enlarging import enlarging
-from pyrdiff.machine import open_device
+from pyrdiff.machine import open_device, seeded
 
 from .events import Busy, Level, Progress, Result
 from .pictures import read_picture
@@ -307,7 +307,7 @@ class Session:
         if "batch_size" in takes:
             arguments["batch_size"] = count
         if "generator" in takes:
-            generators = [torch.Generator().manual_seed((seed + index) % 2**63) for index in range(count)]
+            generators = seeded([(seed + index) % 2**63 for index in range(count)], pipeline.device)
             arguments["generator"] = generators if count > 1 else generators[0]
         if plan:
             arguments["plan"] = plan

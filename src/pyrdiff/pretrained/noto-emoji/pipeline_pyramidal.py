@@ -698,11 +698,13 @@ class LevelSteps:
 
     def on(self, device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The time of every call twice: on the CPU for the scheduler, and beside the sample for the network."""
-        return zip(self.timesteps, self.timesteps.to(device), strict=True)
+        return zip(self.timesteps, self.timesteps.to(device, non_blocking=True), strict=True)
 
     def renoise(self, images: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """The images [B, C, H, W] noised up to the first time (paper P, eq. 2)."""
-        return self.scheduler.add_noise(images, noise, self.timesteps[:1].expand(len(images)).to(images.device))
+        time = self.timesteps[:1].to(images.device, non_blocking=True)
+        # By a copy: schedulers move their tables to the images for good, and the steps would read them from a GPU.
+        return copy.copy(self.scheduler).add_noise(images, noise, time.expand(len(images)))
 
     def step(
         self,
