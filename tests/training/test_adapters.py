@@ -348,6 +348,12 @@ def test_flags_that_do_not_go_with_an_adapter(over, changes, named):
     assert not Path(flags["output_dir"]).exists()
 
 
+def test_a_checkpoint_of_an_adapter_is_no_start(adapter, over):
+    flags = over(init_from=str(newest_checkpoint(adapter.parent)))
+    with pytest.raises(ValueError, match="init_from=.*: a checkpoint of an adapter alone; expected one of a whole"):
+        run("pddpm", flags)
+
+
 def test_without_peft_a_line_says_how_to_get_it(base, adapter, over, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     flags = over()

@@ -161,6 +161,8 @@ def load(
     if missing:
         asked = "" if pipeline_class is None else f"pipeline_class={pipeline_class!r}: "
         raise ValueError(f"{asked}{folder / INDEX} of {saved.pipeline_class.__name__} has no {sorted(missing)}")
+    if weights and "unet" not in saved.components:
+        raise ValueError(f"adapters: expected none, since a {chosen.__name__} has no network `unet`")
     if repository is not None:
         repository.fetch(repository.weights(saved.parameters()))
     pipeline = build(saved, chosen, dtype, variant)

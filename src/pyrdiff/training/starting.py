@@ -165,6 +165,8 @@ def open_start(place: str, method_name: str) -> Start:
     bad = unusable(tensors)
     if bad:
         raise ValueError(f"init_from={place!r}: {bad[0]} is not finite, or far too large; expected weights")
+    if identity.get("lora_rank"):
+        raise ValueError(f"init_from={place!r}: a checkpoint of an adapter alone; expected one of a whole network")
     if trained != method_name:
         raise ValueError(f"init_from={place!r}: a checkpoint of {trained!r}; expected one of {method_name!r}")
     return Start(place, None, config, tensors, scheduler)

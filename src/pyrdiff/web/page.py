@@ -21,6 +21,7 @@ from .events import Cancelled, Level, Progress, Result
 from .pictures import MAX_FILE_MB
 from .run import parameters
 from .session import MAX_IMAGES, Session
+from .steering import MOST_GUIDANCE, class_names, is_guided
 
 SIDE = 128  # pixels of the screen that a small image is shown at
 SLIDER_SIDE = 1024  # the most pixels of a side in the before/after view; the download has them all
@@ -172,15 +173,16 @@ def _address(host: str) -> "ipaddress.IPv4Address | ipaddress.IPv6Address | None
 def _generate(session: Session) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=260):
+            classes, guidance = _steering(session)
             count, seed = _count_and_seed(4)
             plan, steps = _plan_and_steps(session, session.pipeline)
             run, cancel = _buttons("Generate")
         with gr.Column(scale=3):
             status, shown = _outputs("Images appear here, level by level where the model has levels.")
 
-    def handle(owner, count, seed, plan, *numbers):
+    def handle(owner, classes, guidance, count, seed, plan, *numbers):
         levels: list[Level] = []
-        for event in session.generate(count, seed, plan, _named(steps, numbers), owner=owner):
+        for event in session.generate(count, seed, plan, _named(steps, numbers), owner, classes, guidance):
             if isinstance(event, Progress):
                 yield _progress(event), gr.skip() if levels else ""
             elif isinstance(event, Level):
@@ -190,7 +192,7 @@ def _generate(session: Session) -> None:
                 shown = _level_rows(event.levels) if event.levels else _row(event.images)
                 yield _done(event), shown
 
-    _wire(session, run, cancel, handle, [count, seed, plan, *steps.values()], [status, shown])
+    _wire(session, run, cancel, handle, [classes, guidance, count, seed, plan, *steps.values()], [status, shown])
 
 
 def _upscale(session: Session) -> None:
@@ -282,6 +284,15 @@ def _compare(session: Session) -> None:
 
 
 # Controls.
+
+
+def _steering(session: Session) -> tuple[gr.Dropdown, gr.Slider]:
+    """What to draw, and how strongly; each shows for models that can be told."""
+    names, guided = class_names(session.pipeline), is_guided(session.pipeline)
+    info = "the images take turns; none for any"
+    classes = gr.Dropdown(names, value=[], multiselect=True, label="Classes", info=info, visible=bool(names))
+    info = "1 is none; more is more typical"
+    return classes, gr.Slider(1, MOST_GUIDANCE, 1, step=0.25, label="Guidance", info=info, visible=guided)
 
 
 def _count_and_seed(count: int) -> tuple:

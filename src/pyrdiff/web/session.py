@@ -2,7 +2,7 @@
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 
 import torch
@@ -18,6 +18,7 @@ from pyrdiff.machine import open_device, seeded
 from .events import Busy, Level, Progress, Result
 from .pictures import read_picture
 from .run import Run, images_of, networks, parameters
+from .steering import steering_arguments
 
 STEP_ARGUMENTS = ("num_inference_steps", "refine_steps", "num_passes")  # of calls, as diffusers and pyrdiff name them
 MAX_IMAGES = 16
@@ -142,14 +143,23 @@ class Session:
     # What it does.
 
     def generate(
-        self, count: int = 1, seed: int = 0, plan: str | None = None, steps: dict | None = None, owner: str = ""
+        self,
+        count: int = 1,
+        seed: int = 0,
+        plan: str | None = None,
+        steps: dict | None = None,
+        owner: str = "",
+        classes: Sequence[str] = (),
+        guidance: float = 1.0,
     ) -> Iterator[Progress | Level | Result]:
         """
-        Images, `count` from 1 to 16, by a named plan or by steps {argument: number}. Where the pipeline returns levels,
-        each comes as a `Level` once it is finished, and all of them again in the `Result`.
+        Images, `count` from 1 to 16, by a named plan or by steps {argument: number}; for `classes` and `guidance` see
+        `steering_arguments`. Where the pipeline returns levels, each comes as a `Level` once it is finished, and all of
+        them again in the `Result`.
         """
         pipeline = self.pipeline
         arguments = self._arguments(pipeline, count, seed, plan, steps)
+        arguments |= steering_arguments(pipeline, count, classes, guidance)
 
         def work(run: Run) -> None:
             plans = self._levels(pipeline, arguments) if "return_levels" in parameters(pipeline) else []
