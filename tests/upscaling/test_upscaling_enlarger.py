@@ -97,6 +97,12 @@ def test_the_bytes_of_a_network_are_those_that_it_holds(attention):
     assert network_bytes(Attending(attention), 3, 40) == 40**2 * 4 * channels
 
 
+def test_nobody_who_watches_a_network_sees_it_asked():
+    network, seen = Attending(False), []
+    network.register_forward_hook(lambda *_: seen.append(1))
+    assert network_bytes(network, 3, 8) > 0 and not seen
+
+
 def test_networks_that_cannot_be_asked():
     assert network_bytes(torch.nn.Bilinear(2, 2, 2), 3, 8) is None
     assert free_bytes(torch.device("cpu")) > 2**20

@@ -82,6 +82,9 @@ def network_bytes(network: torch.nn.Module, channels: int, side: int) -> int | N
     """
     try:
         hollow = copy.deepcopy(network).to("meta")
+        for module in hollow.modules():  # whoever watches the network does not mean the copy
+            module._forward_hooks.clear()
+            module._forward_pre_hooks.clear()
         made = {"device": "meta", "dtype": next(hollow.parameters()).dtype}
         with torch.no_grad(), _AttentionInBlocks(), _Peak() as peak:
             sample, given = torch.empty(1, channels, side, side, **made), {}
