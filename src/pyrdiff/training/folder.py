@@ -17,6 +17,7 @@ from . import checkpoints
 from .lock import FolderLock
 from .resuming import check_state
 from .settings import TrainingSettings
+from .snapshots import remove_snapshots, write_snapshot
 
 FINISHED = "finished"  # folder of a network that another method builds on
 
@@ -66,8 +67,9 @@ class RunFolder:
         self.path, self.settings, self.lock = path, settings, lock
 
     def open(self, step: int) -> None:
-        """Writes the resolved settings, and takes out of the log what a killed run had logged after `step`."""
+        """Writes the resolved settings, and takes out what a killed run had logged and kept after `step`."""
         self.check()
+        remove_snapshots(self.path, lambda at: at > step)
         with replacing(self.path / "settings.json") as beside:
             beside.write_text(json.dumps(asdict(self.settings), indent=2) + "\n", encoding="utf-8")
         log = self.path / "log.jsonl"
@@ -118,6 +120,11 @@ class RunFolder:
         return self.path / f"failure-{step}.json"
 
     # Checkpoints.
+
+    def keep_averages(self, step: int, averages: dict[float, dict[str, torch.Tensor]]) -> None:
+        """Writes a copy of averages ({length: {name: values}}), and removes those that are too many."""
+        self.check()
+        write_snapshot(self.path, step, averages)
 
     def save(self, step: int, tensors: checkpoints.Tensors, state: dict[str, Any]) -> None:
         """Writes a checkpoint, and removes those that are too many."""

@@ -12,15 +12,17 @@ from diffusers.training_utils import EMAModel
 
 from pyrdiff.parts.weights import unusable
 
+from .averages import PowerAverages
 from .checkpoints import Tensors
 from .folder import Saved
-from .resuming import check_tensors
+from .resuming import AVERAGE, check_tensors
 from .settings import TrainingSettings
 
 
 class Learner:
     """
-    What a step changes: the weights of `network`, the state of AdamW, and `ema`, the average of the weights, or None.
+    What a step changes: the weights of `network`, the state of AdamW, `ema`, the average of the weights, or None, and
+    `averages`, of which others are made after the run, or None.
     After `prepare`, `model` is the network as a loss calls it (compiled, distributed) and `optimizer` steps AdamW.
     """
 
@@ -50,6 +52,14 @@ class Learner:
                 power=settings.ema_power,
                 foreach=True,
             )
+        self.averages = PowerAverages(self.parameters) if settings.keep_averages else None
+
+    def average(self, step: int) -> None:
+        """Takes the weights after a step into the averages; steps count from 1."""
+        if self.ema is not None:
+            self.ema.step(self.parameters)
+        if self.averages is not None:
+            self.averages.step(self.parameters, step)
 
     def lay_out(self, network: torch.nn.Module) -> torch.nn.Module:
         """Moves a network to the device, and the weights of its convolutions into the memory format."""
@@ -86,8 +96,18 @@ class Learner:
 
     def unusable(self) -> str | None:
         """The first tensor of the weights, or of their average, with values that no run goes on from."""
-        average = {} if self.ema is None else dict(zip(self.trained, self.ema.shadow_params, strict=True))
-        return min([*unusable(self.network.state_dict()), *unusable(average)], default=None)
+        average = {} if self.ema is None else self._named(self.ema.shadow_params)
+        tensors = [self.network.state_dict(), average, *self.named_averages().values()]
+        return min((name for group in tensors for name in unusable(group)), default=None)
+
+    def named_averages(self) -> dict[float, dict[str, torch.Tensor]]:
+        """{length: {name of the parameter: values}} of the averages of which others are made."""
+        values = {} if self.averages is None else self.averages.values
+        return {length: self._named(group) for length, group in values.items()}
+
+    def _named(self, values: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """By the names of the parameters."""
+        return dict(zip(self.trained, values, strict=True))
 
     def _kept(self) -> dict[str, torch.Tensor]:
         """The weights that a checkpoint keeps: all, or those of the adapter that is trained."""
@@ -101,8 +121,8 @@ class Learner:
             "optimizer": {f"{i}.{key}": value for i, values in state.items() for key, value in values.items()},
         }
         if self.ema is not None:
-            tensors["ema"] = dict(zip(self.trained, self.ema.state_dict()["shadow_params"], strict=True))
-        return tensors
+            tensors["ema"] = self._named(self.ema.state_dict()["shadow_params"])
+        return tensors | {f"{AVERAGE}{length}": values for length, values in self.named_averages().items()}
 
     def state(self) -> dict[str, Any]:
         scaler = self.accelerator.scaler
@@ -129,8 +149,20 @@ class Learner:
             shadow = [torch.empty_like(value).copy_(saved.tensors["ema"][name]) for name, value in named]
             counter = {"optimization_step": saved.state["ema"]["optimization_step"], "shadow_params": shadow}
             self.ema.load_state_dict({**self.ema.state_dict(), **counter})
+        self._load_averages(saved)
         if self.accelerator.scaler is not None and saved.state["scaler"]:
             self.accelerator.scaler.load_state_dict(saved.state["scaler"])
+
+    def _load_averages(self, saved: Saved) -> None:
+        """An average has all steps in it, or is none: a run that began without goes on without."""
+        averages = self.named_averages()
+        if any(f"{AVERAGE}{length}" not in saved.tensors for length in averages):
+            self.averages = None
+            self.accelerator.print(f"keep_averages=True: {saved.path} was trained without; the run goes on without")
+            return
+        for length, values in averages.items():
+            for name, value in values.items():
+                value.copy_(saved.tensors[f"{AVERAGE}{length}"][name])
 
     def _load_adamw(self, tensors: dict[str, torch.Tensor]) -> None:
         state: dict[int, dict[str, torch.Tensor]] = {}

@@ -30,6 +30,7 @@ from .opening import Stage, batches_of, network_of, source_of, stages_of
 from .outcomes import Launched, Outcome, launched
 from .progress import Progress
 from .settings import TrainingDiverged, TrainingSettings, TrainingStopped
+from .snapshots import is_due
 from .stopping import TIME_IS_UP, Budget, Signals, Stopwatch
 
 MAX_OVERFLOWS = 30  # in a row: the factor of fp16 begins at 2**16 and is halved at each
@@ -213,10 +214,11 @@ class Run:
                 current = self.optimise()
                 unread.append(current)
                 saving, logging = self._is_due(settings.checkpointing_steps), self._is_due(settings.logging_steps)
+                copying = self.learner.averages is not None and is_due(self.step)
 
                 # On a GPU a step is checked while the next one is running: no waiting, one step late. Every process
                 # reads the same numbers at the same place, so all of them stop together.
-                behind = 1 if self.checks_late and not (saving or logging) else 0
+                behind = 1 if self.checks_late and not (saving or logging or copying) else 0
                 while len(unread) > (0 if stop else behind):
                     step = unread.pop(0)
                     outcome = self.checked(step)
@@ -224,6 +226,8 @@ class Run:
                     stop = outcome.stop
                 if logging and is_main:
                     reports.log_step(self, step, outcome.loss)
+                if copying:
+                    self._copy_averages()
                 if saving or stop:
                     self._save()
                     progress.saved()
@@ -238,6 +242,7 @@ class Run:
         if 0 < stop < TIME_IS_UP:
             self.accelerator.end_training()
             raise TrainingStopped(stop, self.step)
+        self._copy_averages()
         if not self.folder.has_saved(self.step):
             self._save()
 
@@ -266,9 +271,8 @@ class Run:
                     norm = accelerator.clip_grad_norm_(learner.parameters, settings.max_grad_norm)
                 learner.optimizer.step()
                 learner.optimizer.zero_grad()
-        if learner.ema is not None:
-            learner.ema.step(learner.parameters)
         self.step += 1
+        learner.average(self.step)
         loss = torch.stack(losses).mean()
         return launched(accelerator, self.step, batch.level, rate, loss, norm, self._stop_request())
 
@@ -337,6 +341,12 @@ class Run:
         self.budget.note_preview(self.watch.clock() - began)
 
     # Checkpoints.
+
+    def _copy_averages(self) -> None:
+        """Into the run's folder, before a checkpoint of the same step, so that who resumes from that has them."""
+        averages = self.learner.named_averages()
+        if averages and self.accelerator.is_main_process:
+            self.folder.keep_averages(self.step, averages)
 
     def _save(self) -> None:
         self.saved_seconds = self.watch.seconds

@@ -13,6 +13,7 @@ from pyrdiff.parts.weights import unusable
 from .checkpoints import STATE_FILE, CheckpointError, Tensors
 
 MOST_STEPS = 10**9
+AVERAGE = "average-"  # groups of tensors of a checkpoint that begin so are averages kept for `pyrdiff ema`
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW, beside `step`
 
 
@@ -63,18 +64,19 @@ def check_tensors(
     Args:
         path: The checkpoint.
         step: Its step.
-        tensors: What it holds: "model", "optimizer" and, if an average was kept, "ema".
+        tensors: What it holds: "model", "optimizer" and the averages that were kept.
         kept, trained: What the run keeps of its network, and which weights it trains.
 
     Raises:
         CheckpointError: the file and the tensor are named.
     """
-    unknown = sorted(set(tensors) - {"model", "optimizer", "ema"})
+    averages = [name for name in tensors if name == "ema" or name.startswith(AVERAGE)]
+    unknown = sorted(set(tensors) - {"model", "optimizer", *averages})
     if unknown or not {"model", "optimizer"} <= set(tensors):
-        raise CheckpointError(f"{path}: holds {_short(sorted(tensors))}: expected model, optimizer and perhaps ema")
+        raise CheckpointError(f"{path}: holds {_short(sorted(tensors))}: expected model, optimizer and averages")
     _check_group(path / "model.safetensors", tensors["model"], kept)
-    if "ema" in tensors:
-        _check_group(path / "ema.safetensors", tensors["ema"], trained)
+    for name in averages:
+        _check_group(path / f"{name}.safetensors", tensors[name], trained)
     _check_adamw(path / "optimizer.safetensors", step, tensors["optimizer"], list(trained.values()))
 
 

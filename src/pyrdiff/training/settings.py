@@ -88,6 +88,9 @@ class TrainingSettings:
     ema_max_decay: float = 0.9999
     ema_inv_gamma: float = 1.0
     ema_power: float = 0.75
+    keep_averages: bool = False
+    """Keep what averages of the weights of any length can be made of afterwards, by `pyrdiff ema`: up to 17 copies of
+    two averages, in the folder `averages`."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """By default what `accelerate config` says."""
     channels_last: bool | None = None
