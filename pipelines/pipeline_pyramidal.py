@@ -19,7 +19,8 @@ from pyrdiff.parts.checks import (
     check_strength,
 )
 from pyrdiff.parts.colors import check_colors, draw_colors
-from pyrdiff.parts.labels import Classes, check_guidance, count_images, guidance_scales
+from pyrdiff.parts.guidance import check_guidance, check_guide, check_guided, guidance_scales
+from pyrdiff.parts.labels import count_images
 from pyrdiff.parts.levels import check_growing, nfe_eq, per_level, pixel_grid, rounded_up
 from pyrdiff.parts.noise import white_noise
 from pyrdiff.parts.noise_windows import check_noise
@@ -135,9 +136,12 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
             "scheduler" and "refine_scheduler", [class of diffusers, {setting: value}] to run the levels with instead.
         colors (`dict`, *optional*): {"mean": [C], "covariance": [C, C]} of the mean colours of the training images, in
             the [-1, 1] range, for `start_strength`; and as "classes" a list of the same of each class.
+        guide (*optional*): A worse network of the same images, to guide by (autoguidance, Karras et al. 2024): an early
+            average of the same training, or a smaller network. With it, `guidance_scale` needs no classes.
     """
 
-    _optional_components = ["refine_scheduler"]
+    _optional_components = ["refine_scheduler", "guide"]
+    model_cpu_offload_seq = "guide->unet"
     PLAN_ARGUMENTS = PyramidalArguments._fields
     BESIDE_PLANS = ("guidance_scale", "guidance_interval")  # may be given with a plan that does not set them
     RETIRED = ("detail_spectra", "spectra")
@@ -149,14 +153,17 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         refine_scheduler: SchedulerMixin | None = None,
         plans: dict | None = None,
         colors: dict | None = None,
+        guide: ModelMixin | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, refine_scheduler=refine_scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, refine_scheduler=refine_scheduler, guide=guide)
         self.register_to_config(plans=plans, colors=colors)
         check_colors(colors, self._channels)
         check_scheduler("scheduler", scheduler)
         if refine_scheduler is not None:
             check_scheduler("refine_scheduler", refine_scheduler)
+        if guide is not None:
+            check_guide(plain(guide).config, plain(unet).config)
         for plan in (plans or {}).values():
             self._choose(plan, PyramidalArguments())
 
@@ -249,9 +256,10 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
                 else more noise leaves of an image is hard to learn, and its errors become colour casts.
             classes: What to draw, of a network that knows classes (`unet.config.class_names`): a name or number for all
                 images, or a list with one for each. `None` is for images of any class.
-            guidance_scale: w of classifier-free guidance (Ho and Salimans 2022): the prediction is u + w (c - u), u
-                without the class and c with it, both passes in one batch. 1 is none; above, images are more typical of
-                their class and less varied. A guided step costs two network calls.
+            guidance_scale: w of guidance: the prediction is u + w (c - u), c that of the network. u is its prediction
+                without the class (Ho and Salimans 2022), both passes in one batch; or, of a pipeline with a `guide`,
+                that of the guide (Karras et al. 2024). 1 is none; above, images are more typical of their class, or of
+                the data, and less varied. A guided step costs two network calls.
             guidance_interval: (low, high), shares of the noise process within which there is guidance (Kynkäänniemi et
                 al. 2024); by default everywhere.
 
@@ -271,7 +279,7 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         stages = self.lay_out(plan, arguments)
         batch_size = count_images(batch_size, classes)
         labels = self._labels(classes, batch_size)
-        self._check_guided(stages, classes)
+        check_guided([scale for stage in stages for scale in stage.scales], classes, self.guide is not None)
         self._check_request(batch_size, generator, output_type, callback_on_step_end_tensor_inputs)
         if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
             raise ValueError(f"box={box}: expected (top, left, bottom, right) within [0, 1]")
@@ -326,22 +334,17 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         labels: torch.Tensor | None,
         scale: float,
     ) -> torch.Tensor:
-        """The network's output; unless the scale is 1, drawn away from the output for images of any class."""
+        """The network's output; unless the scale is 1, drawn away from the guide's, or that for images of any class."""
         if scale == 1:
             return self._predict(sample, time, coordinates, labels)
+        if self.guide is not None:
+            worse = self._predict(sample, time, coordinates, labels, self.guide)
+            return worse + scale * (self._predict(sample, time, coordinates, labels) - worse)
         none = torch.full_like(labels, plain(self.unet).config.num_class_embeds - 1)
         coordinates = coordinates[:1].expand(2 * len(sample), -1, -1, -1)
         both = self._predict(torch.cat((sample, sample)), time, coordinates, torch.cat((none, labels)))
         without, told = both.chunk(2)
         return without + scale * (told - without)
-
-    @staticmethod
-    def _check_guided(stages: list[PyramidalStage], classes: Classes) -> None:
-        """Refuses guidance of images none of which has a class."""
-        scale = next((scale for stage in stages for scale in stage.scales if scale != 1), 1)
-        named = classes if isinstance(classes, (list, tuple)) else [classes]
-        if scale != 1 and all(value is None for value in named):
-            raise ValueError(f"guidance_scale={scale:g}: expected classes beside it, which guidance draws towards")
 
     def _coordinates(self, stage: PyramidalStage, box: Sequence[float], batch_size: int) -> torch.Tensor:
         grid = pixel_grid(*stage.network_size, box).to(self._execution_device)
@@ -369,7 +372,8 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         for strength in strengths:
             check_strength("refine_strength", strength)
         self._check_start(arguments.start_strength)
-        check_guidance(arguments.guidance_scale, arguments.guidance_interval, plain(self.unet).config)
+        config, guided = plain(self.unet).config, self.guide is not None
+        check_guidance(arguments.guidance_scale, arguments.guidance_interval, config, guided)
         stages = []
         for index, (size, strength) in enumerate(zip(sizes, [arguments.start_strength, *strengths], strict=True)):
             name = "refine_steps" if index else "num_inference_steps"

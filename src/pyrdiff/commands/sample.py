@@ -251,7 +251,7 @@ def print_plan(pipeline: "DiffusionPipeline", arguments: dict) -> None:
         known = inspect.signature(pipeline.plan).parameters
         plan = pipeline.plan(**{name: value for name, value in arguments.items() if name in known})
         guided = any(getattr(level, "guided", 0) for level in plan.levels) if hasattr(plan, "levels") else False
-        if guided and not classes_of(arguments):
+        if guided and not classes_of(arguments) and getattr(pipeline, "guide", None) is None:
             raise ValueError("guidance without --classes: expected both, since it draws images towards their classes")
         print(plan, flush=True)
 

@@ -1,8 +1,8 @@
-"""The classes of a call: as its user names them, as numbers for the network, and guidance by them."""
+"""The classes of a call: as its user names them, and as numbers for the network."""
 
 from collections.abc import Mapping, Sequence
 
-from pyrdiff.parts.checks import check_count, is_number
+from pyrdiff.parts.checks import check_count
 from pyrdiff.parts.settings import is_whole
 
 Classes = str | int | None | Sequence[str | int | None]
@@ -61,33 +61,3 @@ def _label_number(value: str | int | None, config: Mapping) -> int:
     more = "" if only_numbers else f", or a number from 0 to {len(names) - 1}"
     none = " for each image" if value is None else ""
     raise ValueError(f"classes={value!r}: expected one of {', '.join(known)}{more}{none}")
-
-
-def check_guidance(scale: float, interval: Sequence[float] | None, config: Mapping) -> None:
-    """
-    Checks the arguments `guidance_scale` and `guidance_interval`.
-
-    Args:
-        scale, interval: The arguments.
-        config: Of the network.
-
-    Raises:
-        ValueError: for numbers out of range, or a network that cannot be guided by its classes.
-    """
-    if not is_number(scale) or scale < 0:
-        raise ValueError(f"guidance_scale={scale!r}: expected a number from 0 up")
-    if interval is not None:
-        good = isinstance(interval, (list, tuple)) and len(interval) == 2 and all(map(is_number, interval))
-        if not good or not 0 <= interval[0] < interval[1] <= 1:
-            raise ValueError(f"guidance_interval={interval!r}: expected (low, high) within [0, 1]")
-    if scale != 1 and config.get("class_names") is None:
-        lacks = "has no label for images of no class" if config.get("num_class_embeds") else "knows no classes"
-        raise ValueError(f"guidance_scale={scale}: expected 1.0, since this network {lacks}")
-
-
-def guidance_scales(
-    scale: float, interval: Sequence[float] | None, times: Sequence[float], train_steps: int
-) -> list[float]:
-    """The scale at each time: 1, which is none, where the share of the noise process is outside the interval."""
-    low, high = (0.0, 1.0) if interval is None else interval
-    return [float(scale) if low <= time / train_steps <= high else 1.0 for time in times]

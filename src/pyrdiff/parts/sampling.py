@@ -103,16 +103,22 @@ class SamplingPipeline(StandaloneSaving):
         return 2 ** (len(getattr(plain(self.unet).config, "block_out_channels", (1,))) - 1)
 
     def _predict(
-        self, sample: torch.Tensor, time: torch.Tensor, coordinates: torch.Tensor, labels: torch.Tensor | None = None
+        self,
+        sample: torch.Tensor,
+        time: torch.Tensor,
+        coordinates: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        network: torch.nn.Module | None = None,
     ) -> torch.Tensor:
         """
-        The network's output [B, C, H, W], float32; it is told where the pixels lie if it wants to know, and the labels
-        of the images' classes if there are any: [B], or [B / n] for n windows of each image.
+        The output [B, C, H, W], float32, of `unet` or another network; it is told where the pixels lie if it wants to
+        know, and the labels of the images' classes if there are any: [B], or [B / n] for n windows of each image.
         """
-        told = {"coordinates": coordinates} if network_takes(self.unet, "coordinates") else {}
+        network = self.unet if network is None else network
+        told = {"coordinates": coordinates} if network_takes(network, "coordinates") else {}
         if labels is not None:
             told["class_labels"] = labels.repeat(len(sample) // len(labels))
-        return self.unet(sample.to(plain(self.unet).dtype), time, **told, return_dict=False)[0].float()
+        return network(sample.to(plain(network).dtype), time, **told, return_dict=False)[0].float()
 
     def _labels(self, classes: Classes, count: int) -> torch.Tensor | None:
         """What the network is told of the images' classes, int64 [count]; `None` if it knows none."""
