@@ -27,6 +27,7 @@ COMMANDS = {
     "bench": "Time and measure a model's plans side by side.",
     "plan": "Say what a model's plans cost here, and which one fits a budget.",
     "check": "Say whether a model's folder or repository is sound, and whether it loads.",
+    "ema": "Average a training's weights over another length, afterwards.",
     "merge": "Write a model with adapters merged into it.",
     "push": "Publish a model on the Hub, with its card.",
     "demo": "Open a page in the browser that drives a model.",

@@ -1,4 +1,4 @@
-"""Images of a class: names and numbers, guidance by classes, what it costs and what is refused."""
+"""Images of a class: names and numbers, guidance by classes or a worse network, what it costs and what is refused."""
 
 import re
 
@@ -8,7 +8,7 @@ from diffusers import ConfigMixin, DDIMScheduler, DDPMScheduler, DPMSolverMultis
 from diffusers.configuration_utils import register_to_config
 
 from pyrdiff import CoordinateUNet2DModel, GuidedSRPipeline, PyramidalPipeline
-from pyrdiff.parts.labels import label_numbers
+from pyrdiff.parts.labels import label_numbers, spread_classes
 
 TINY = dict(
     block_out_channels=(8, 8),
@@ -278,3 +278,77 @@ def test_names_are_kept_in_the_config(tmp_path):
     with torch.no_grad():
         outputs = [each.eval()(sample, 5, None, labels).sample for each in (unet, loaded)]
     assert (outputs[0] - outputs[1]).abs().max() < 1e-6
+
+
+# A worse network as the guide.
+
+
+class PlainMasses(PointMasses):
+    """The same of images without classes: one value, `value`."""
+
+    @register_to_config
+    def __init__(self, in_channels=1, sample_size=8, resolutions=(4, 8), value=0.5):
+        ModelMixin.__init__(self)
+        self.anchor = torch.nn.Parameter(torch.zeros(1))
+        self.calls: list[tuple[int, int]] = []
+
+    def forward(self, sample, timestep, return_dict=True):
+        self.calls.append((sample.shape[-1], int(timestep)))
+        signal = DDPMScheduler().alphas_cumprod.double()[int(timestep)].sqrt()
+        return (((sample.double() - signal * self.config.value) / (1 - signal**2).sqrt()).float(),)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 2.5])
+def test_images_are_those_of_autoguidance_in_closed_form(scale):
+    better, worse = PlainMasses(value=0.2), PlainMasses(value=0.1)
+    images = latents(quiet(better, guide=worse), 2, guidance_scale=scale)
+    assert (images - (0.1 + scale * 0.1)).abs().max() < 2e-3
+    assert worse.calls == ([] if scale == 1 else better.calls)
+
+
+def test_a_guide_is_told_the_class_and_costs_a_call():
+    better, worse = PointMasses(), PointMasses()
+    worse.VALUES = (0.4, -0.2, 0.1, 0.05)
+    pipeline = quiet(better, guide=worse)
+    images = latents(pipeline, classes=["cat", "dog", None], guidance_scale=2.0)
+    assert (images - torch.tensor([0.6, -0.3, 0.05]).reshape(-1, 1, 1, 1)).abs().max() < 2e-3
+    assert [labels for *_, labels in better.calls] == [labels for *_, labels in worse.calls] == [[0, 1, 3]] * 5
+    assert pipeline.plan(**STEPS, guidance_scale=2.0).network_calls == 10
+    worse.calls.clear()
+    latents(pipeline, classes="cat", guidance_scale=2.0, guidance_interval=(0.2, 0.6))
+    assert 0 < len(worse.calls) < 5 and all(200 <= time <= 600 for _, time, _ in worse.calls)
+    assert pipeline.plan(**STEPS, guidance_scale=2.0, guidance_interval=(0.2, 0.6)).network_calls == 5 + len(
+        worse.calls
+    )
+
+
+def test_a_guide_that_cannot_be_called_so_is_refused():
+    for guide, said in (
+        (network(image_channels=3), "guide has image_channels=3: expected 1, as the network has"),
+        (network(class_names=("cat", "dog", "cow")), r"guide has class_names=.*cow.*: expected .*ape"),
+        (network(class_names=None), "guide has class_names=None: expected"),
+        (network(noise_window=0.3), "guide has noise_window=0.3: expected 1.0 or more"),
+        (
+            network(
+                block_out_channels=(8, 8, 8), down_block_types=("DownBlock2D",) * 3, up_block_types=("UpBlock2D",) * 3
+            ),
+            "guide has 3 levels of channels: expected at most 2",
+        ),
+    ):
+        with pytest.raises(ValueError, match=said):
+            quiet(network(), guide=guide)
+    with pytest.raises(ValueError, match="this network knows no classes, and no `guide` comes with it"):
+        latents(quiet(network(class_names=None)), guidance_scale=2.0)
+
+
+def test_classes_are_spread_as_in_training():
+    config = {"class_names": list(NAMES), "num_class_embeds": 4}
+    colors = {"classes": [{"share": share} for share in (0.7, 0.25, 0.05)]}
+    told = spread_classes(config, colors, range(1000))
+    assert all(abs(told.count(name) - 1000 * share) <= 3 for name, share in zip(NAMES, (0.7, 0.25, 0.05), strict=True))
+    assert spread_classes(config, colors, range(500, 700)) == told[500:700]
+    for without in (None, {}, {"classes": [{}, {}, {}]}):
+        told = spread_classes(config, without, range(300))
+        assert all(abs(told.count(name) - 100) <= 2 for name in NAMES)
+    assert spread_classes({"num_class_embeds": None}, colors, range(3)) is None
+    assert set(spread_classes({"num_class_embeds": 2}, None, range(9))) == {"0", "1"}

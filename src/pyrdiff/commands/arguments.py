@@ -47,7 +47,8 @@ GROUPS = {  # of --help; what is in none of them is the method's own
     "length": "minutes max_train_steps checkpointing_steps checkpoints_total_limit resume_from_checkpoint init_from "
     "lora_rank save_images_steps eval_batch_size logging_steps report_to",
     "optimiser": "learning_rate lr_scheduler lr_warmup_steps adam_beta1 adam_beta2 adam_weight_decay adam_epsilon "
-    "max_grad_norm gradient_accumulation_steps use_ema ema_max_decay ema_inv_gamma ema_power",
+    "max_grad_norm gradient_accumulation_steps use_ema ema_max_decay ema_inv_gamma ema_power keep_averages length at "
+    "guide_at guide_length",
     "publishing": "private commit_message license pictures dry_run push_to_hub hub_model_id hub_private_repo "
     "data_description",
     "page": "host port open_browser",

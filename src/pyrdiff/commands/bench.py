@@ -275,11 +275,13 @@ def time_arms(task: "Task", arms: "Mapping[str, Arm]", options: BenchSettings) -
         def count(*_) -> None:
             calls[name] += 1
 
-        hook = task.pipeline.unet.register_forward_pre_hook(count)
+        networks = [task.pipeline.unet, getattr(task.pipeline, "guide", None)]
+        hooks = [network.register_forward_pre_hook(count) for network in networks if network is not None]
         try:
             task.images(name, arms[name], inputs)
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
     works = {(name, batch): partial(run, name, batch) for name in arms for batch in (1, options.batch_size)}
     with torch.no_grad():

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from pyrdiff import metrics
 from pyrdiff.commands.bench import BenchSettings, digits
+from pyrdiff.commands.sample import classes_for
 from pyrdiff.data import ImageSource, image_tensor, read_image, sizes_of
 from pyrdiff.machine import seeded
 from pyrdiff.metrics import Score
@@ -128,7 +129,7 @@ class Task(ABC):
         if arm.arguments is None:
             return [image.resize(size, Image.Resampling.BICUBIC) for image in inputs["image"]]
         try:
-            images = self.pipeline(**inputs, **arm.arguments).images
+            images = self.pipeline(**{**inputs, **arm.arguments}).images
         except ValueError as error:
             raise ValueError(f"arm {name!r}: {error}") from error
         count = len(inputs["generator"])
@@ -216,7 +217,8 @@ class Generating(Task):
         return arms
 
     def inputs(self, indices: Sequence[int]) -> dict:
-        return {"batch_size": len(indices), "generator": self.generators(indices)}
+        told = classes_for(self.pipeline, indices)
+        return {"batch_size": len(indices), "generator": self.generators(indices), **told}
 
     def features(self, images: Callable[[range], list[Image.Image]], count: int) -> torch.Tensor:
         """Features [count, D] of images that f(indices) gives."""

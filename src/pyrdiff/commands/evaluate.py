@@ -10,19 +10,20 @@ fitted, or at --resolution; pairs must have one size.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 from pyrdiff.cli import announce, expect, parse
 from pyrdiff.commands.paths import check_paths
-from pyrdiff.commands.sample import check_call, generate, write_json
+from pyrdiff.commands.sample import check_call, classes_for, generate, write_json
 from pyrdiff.machine import open_device, versions
 
 if TYPE_CHECKING:
     import torch
 
     from pyrdiff.data import ImageSource
+    from pyrdiff.data.labels import Labels
     from pyrdiff.metrics import MetricResult, Score
 
 SetMetric = Literal["frechet_distance", "kid", "precision_recall"]  # as pyrdiff.metrics, without importing torch
@@ -65,7 +66,10 @@ class EvaluateSettings:
     crop_border: int = 0
     """For PSNR and SSIM, pixels at each side."""
     num_images: int = 100
-    """To sample from the model."""
+    """To sample from the model. Of a model with classes each is drawn as often as it was in training."""
+    per_class: bool = False
+    """Also compare the images of each class: --reference and --generated have sub-folders for them, or are an .npz with
+    labels."""
     plan: str | None = None
     """A plan that the model carries, such as fast, instead of the next flags."""
     num_inference_steps: int | None = None
@@ -102,6 +106,7 @@ class EvaluateSettings:
         check_resolution(self)
         for name in ("num_images", "batch_size"):
             expect(self, name, getattr(self, name) >= 1, "1 or more")
+        expect(self, "per_class", not (self.per_class and self.paired), "no --paired beside it")
         expect(self, "resamples", self.resamples == 0 or self.resamples >= 2, "0, or 2 or more")
         expect(self, "output", self.output is None or not Path(self.output).is_dir(), "a file to write")
 
@@ -190,22 +195,30 @@ def open_pairs(settings: EvaluateSettings) -> "tuple[list[ImageSource], list[dic
     return sources, names
 
 
-def sample(settings: EvaluateSettings, device: "torch.device") -> "ImageSource":
-    """Images of the model as a source. Image k has the seed `--seed` + k, whatever the batch."""
+def sample(settings: EvaluateSettings, reference: "ImageSource", device: "torch.device") -> "ImageSource":
+    """Images of the model as a source, with their classes. Image k has the seed `--seed` + k, whatever the batch."""
     import numpy as np
     from tqdm import tqdm
 
     import pyrdiff
-    from pyrdiff.data import open_source
+    from pyrdiff.data.labels import Labels
+    from pyrdiff.data.sources import ArrayImages
 
     pipeline = pyrdiff.load(settings.model).to(device)
     plan = {name: getattr(settings, name) for name in PLAN if getattr(settings, name) is not None}
     check_call(pipeline, plan)
     pipeline.set_progress_bar_config(disable=True)
     seeds = range(settings.seed, settings.seed + settings.num_images)
+    plan |= classes_for(pipeline, seeds)
+    told = plan.get("classes")  # of seed k the one at k modulo their number, as `generate` takes them
+    labels = None if told is None else Labels.of(np.array([told[seed % len(told)] for seed in seeds]))
+    if settings.per_class:
+        if labels is None:
+            raise ValueError(f"--per_class: {settings.model!r} was trained without classes; expected a model with some")
+        members(labels, reference.labels)
     images = generate(pipeline, seeds, settings.batch_size, plan)
     images = tqdm(images, total=len(seeds), desc="sampling", unit="image", disable=None)
-    return open_source(np.stack([np.asarray(image) for image in images]))
+    return ArrayImages(np.stack([np.asarray(image) for image in images]), labels=labels)
 
 
 def compare_sets(settings: EvaluateSettings, device: "torch.device") -> "list[Score]":
@@ -217,14 +230,15 @@ def compare_sets(settings: EvaluateSettings, device: "torch.device") -> "list[Sc
     from pyrdiff.data import image_tensor, open_source, read_image
 
     network = metrics.open_features(settings.features, settings.weights, device=device, batch_size=settings.batch_size)
-    reference = open_source(Path(settings.reference), array_key=settings.array_key)
-    generated = None if settings.model else open_source(Path(settings.generated))
+    known = dict(class_labels=settings.per_class)
+    reference = open_source(Path(settings.reference), array_key=settings.array_key, **known)
+    generated = None if settings.model else open_source(Path(settings.generated), **known)
     counts = {"--reference": len(reference), "--generated": len(generated) if generated else settings.num_images}
     for flag, count in counts.items():
         if count < 4:
             raise ValueError(f"{flag}: has {count} images; expected 4 or more")
     if generated is None:
-        generated = sample(settings, device)
+        generated = sample(settings, reference, device)
     settings.resolution = settings.resolution or fitting(generated, reference)
 
     def features(source: "ImageSource", title: str) -> torch.Tensor:
@@ -235,8 +249,36 @@ def compare_sets(settings: EvaluateSettings, device: "torch.device") -> "list[Sc
             batches.append(network(image_tensor(images, network.channels), data_range=UNIT))
         return torch.cat(batches)
 
-    comparison = metrics.SetComparison(features(reference, "the reference"), network, settings.resamples)
-    return comparison.scores(features(generated, "generated"), settings.metrics)
+    ours, theirs = members(generated.labels, reference.labels) if settings.per_class else ({}, {})
+    real, fake = features(reference, "the reference"), features(generated, "generated")
+    scores = metrics.SetComparison(real, network, settings.resamples).scores(fake, settings.metrics)
+    for name, chosen in theirs.items():
+        comparison = metrics.SetComparison(real[chosen], network, settings.resamples)
+        for score in comparison.scores(fake[ours[name]], settings.metrics):
+            scores.append(score._replace(result=replace(score.result, name=f"{score.result.name}, {name}")))
+    return scores
+
+
+def members(generated: "Labels", reference: "Labels") -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """
+    {class: numbers of its images} of two sets.
+
+    Raises:
+        ValueError: unless they have the same classes, each with 4 images or more in both.
+    """
+    found = [
+        {name: (labels.numbers == index).nonzero()[0].tolist() for index, name in enumerate(labels.names)}
+        for labels in (generated, reference)
+    ]
+    odd = sorted(set(found[0]) ^ set(found[1]))
+    if odd:
+        where = "generated" if odd[0] in found[0] else "real"
+        raise ValueError(f"--per_class: only the {where} images have the class {odd[0]!r}; expected the same classes")
+    for images, flag in zip(found, ("--num_images or --generated", "--reference"), strict=True):
+        few = min(images, key=lambda name: len(images[name]))
+        if len(images[few]) < 4:
+            raise ValueError(f"--per_class: {few!r} has {len(images[few])} images in {flag}; expected 4 or more")
+    return found[0], found[1]
 
 
 def fitting(generated: "ImageSource", reference: "ImageSource") -> tuple[int, int] | None:

@@ -198,6 +198,21 @@ def classes_of(arguments: dict) -> list:
     return list(classes) if several else [] if classes is None else [classes]
 
 
+def classes_for(pipeline: "DiffusionPipeline", numbers: Sequence[int]) -> dict[str, list[str]]:
+    """
+    The argument `classes` for images that are to be compared with real ones: each class as often as in training. Empty
+    for a model without classes.
+    """
+    from pyrdiff.parts.labels import spread_classes
+    from pyrdiff.parts.wrappers import plain
+
+    network = getattr(pipeline, "unet", None)
+    if network is None or "classes" not in inspect.signature(pipeline.__call__).parameters:
+        return {}
+    told = spread_classes(plain(network).config, pipeline.config.get("colors"), numbers)
+    return {} if told is None else {"classes": told}
+
+
 def check_classes(pipeline: "DiffusionPipeline", arguments: dict) -> None:
     """Refuses classes that the model does not have."""
     from pyrdiff.parts.labels import label_numbers

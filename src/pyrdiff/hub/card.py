@@ -17,6 +17,7 @@ from .messages import in_one_line
 
 PLACE = "PATH_OR_REPO"  # replaced by the repository's name when the card is published
 
+NOT_MEASURED = "Not measured. `pyrdiff bench` measures it, and `pyrdiff push --bench` puts the table here."
 CARD = """
 # {title}
 
@@ -38,7 +39,7 @@ runs: `pyrdiff.load("PATH_OR_REPO")`.
 ## Measured
 
 <!-- measured -->
-Not measured. `pyrdiff bench` measures it, and `pyrdiff push --bench` puts the table here.
+{measured}
 <!-- end of measured -->
 
 ## Training
@@ -106,6 +107,7 @@ def write(
         title=title,
         description=description,
         call=_call(enlarges, classes),
+        measured=NOT_MEASURED,
         training="\n".join(["| | |", "|---|---|", *rows]) if rows else "Nothing was recorded.",
         data=data or "not described; nor is their licence.",
         limits=limits or "Not described.",
@@ -189,6 +191,24 @@ def fill(
         text = _between(text, "pictures", "\n\n".join(f"![{shows}]({file})" for file, shows in pictures.items()))
     body = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
     return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def of_other_weights(text: str, rows: dict[str, object]) -> str:
+    """
+    The card of a model with other weights of the same training: nothing is measured of these, and no picture is theirs.
+
+    Args:
+        text: The model's card.
+        rows: {name: value} for the table of its training.
+    """
+    card = ModelCard(text, ignore_metadata_errors=True)
+    card.data.eval_results = None
+    body = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+    body = _between(_between(body, "measured", NOT_MEASURED), "pictures", "")
+    before, head, after = body.partition("## Training\n\n| | |\n|---|---|\n")
+    lines = "".join(f"| {name} | {_cell(value)} |\n" for name, value in rows.items())
+    body = f"{before}{head}{lines}{after}" if head else f"{body.rstrip()}\n\n| | |\n|---|---|\n{lines}"
+    return f"---\n{card.data.to_yaml()}\n---\n{body}"
 
 
 def read(path: Path) -> str:

@@ -221,7 +221,9 @@ def build_pipeline(settings: PyramidalSettings, network, scheduler, images):
     colors = color_statistics(images.arrays[0])
     if images.labels is not None:
         members = [images.labels.numbers == number for number in range(len(images.labels.names))]
-        colors["classes"] = [color_statistics(images.arrays[0][each]) for each in members]
+        colors["classes"] = [
+            {**color_statistics(images.arrays[0][each]), "share": round(float(each.mean()), 6)} for each in members
+        ]
     pipeline = PyramidalPipeline(network, scheduler, plans=named, colors=colors)
     if settings.held_out_dir is not None:
         _judges(settings, pipeline)

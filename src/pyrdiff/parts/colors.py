@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import torch
 
-from pyrdiff.parts.checks import Generators
+from pyrdiff.parts.checks import Generators, is_number
 from pyrdiff.parts.noise import white_noise
 
 
@@ -14,11 +14,14 @@ def check_colors(colors: Mapping | None, channels: int) -> None:
 
     Args:
         colors: {"mean": [C], "covariance": [C, C]} of the mean colours of images in [-1, 1], or `None`; and as
-            "classes", if there are any, a list of the same of each class.
+            "classes", if there are any, a list of the same of each class, with its "share" of the images.
         channels: C.
     """
     if colors is None:
         return
+    share = colors.get("share", 0.0) if isinstance(colors, Mapping) else 0.0
+    if not is_number(share) or not 0 <= share <= 1:
+        raise ValueError(f"colors: has a share of {share!r}; expected a number from 0 to 1")
     of_classes = colors.get("classes", []) if isinstance(colors, Mapping) else []
     if not isinstance(of_classes, (list, tuple)):
         raise ValueError(f"colors: has the classes {of_classes!r}; expected a list with the colours of each")

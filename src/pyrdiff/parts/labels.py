@@ -1,12 +1,15 @@
-"""The classes of a call: as its user names them, and as numbers for the network."""
+"""The classes of a call: as its user names them, as numbers for the network, and as often as in training."""
 
 from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from pyrdiff.parts.checks import check_count
 from pyrdiff.parts.settings import is_whole
 
 Classes = str | int | None | Sequence[str | int | None]
 NAMED_CLASSES = 12  # in a message
+GOLDEN = 0.6180339887498949  # multiples of it, taken modulo 1, are spread evenly however many there are
 
 
 def count_images(batch_size: int | None, classes: Classes) -> int:
@@ -41,6 +44,30 @@ def label_numbers(classes: Classes, count: int, config: Mapping) -> list[int] | 
         return None
     labels = [_label_number(value, config) for value in wanted]
     return labels * count if len(labels) == 1 else labels
+
+
+def spread_classes(config: Mapping, colors: Mapping | None, numbers: Sequence[int]) -> list[str] | None:
+    """
+    Classes of images that together stand for the training images: each as often as there.
+
+    Args:
+        config: Of the network.
+        colors: Of the pipeline; "share" in its "classes" says how often each is. Without, all are as often.
+        numbers: Of the images, 0 or more. An image of a number has the same class whatever the others are.
+
+    Returns:
+        A class for each image, or `None` for a network without classes.
+    """
+    total, names = config.get("num_class_embeds"), config.get("class_names")
+    if not total:
+        return None
+    names = [str(number) for number in range(total)] if names is None else list(names)
+    shares = np.array([each.get("share", 0.0) for each in (colors or {}).get("classes") or []])
+    if len(shares) != len(names) or shares.sum() <= 0:
+        shares = np.ones(len(names))
+    places = (np.asarray(numbers, dtype=np.float64) + 0.5) * GOLDEN % 1
+    found = np.searchsorted(np.cumsum(shares) / shares.sum(), places, side="right")
+    return [names[min(index, len(names) - 1)] for index in found]
 
 
 def _label_number(value: str | int | None, config: Mapping) -> int:

@@ -13,6 +13,7 @@ from pyrdiff.data import ImageLevels, ImageSource, replacing
 from pyrdiff.metrics import bootstrap_interval
 from pyrdiff.metrics.distribution import KernelReference
 from pyrdiff.parts.json_files import read_json
+from pyrdiff.parts.labels import spread_classes
 from pyrdiff.plan.clipping import CLIP
 from pyrdiff.plan.cost import choose, measure_costs
 
@@ -204,7 +205,7 @@ def tune(
     Raises:
         ValueError: for too few images or minutes, before the search.
     """
-    began, judge = clock(), _Judge(pipeline, held_out, features, batch_size, seed)
+    began, judge = clock(), Judge(pipeline, held_out, features, batch_size, seed)
     plans = candidates(pipeline) if plans is None else plans
     yardstick, why = _yardstick(pipeline)
     if yardstick is None:
@@ -309,8 +310,20 @@ def auto_plan(pipeline, budget_ms: float, batch_size: int = 1, folder: str | Pat
     return choose(pipeline, costs, budget_ms=budget_ms, quality=quality, intervals=intervals)
 
 
-class _Judge:
-    """Distances of plans' samples from the images held out."""
+class Judge:
+    """
+    Distances of plans' samples from images held out: f(plan, number of the first sample, samples) -> `Judged`.
+
+    Args:
+        pipeline: A `PyramidalPipeline`, on its device.
+        held_out: [N, C, H, W] in [0, 1], of the top size.
+        features: The network of the distances, from `pyrdiff.metrics.open_features`.
+        batch_size: Samples at a time.
+        seed: Of the samples; sample k has the same noise in all plans.
+
+    Raises:
+        ValueError: for too few images, or of another size.
+    """
 
     def __init__(self, pipeline, held_out: torch.Tensor, features, batch_size: int, seed: int):
         if len(held_out) < LEAST:
@@ -328,7 +341,8 @@ class _Judge:
         for first in range(start, start + count, self.batch_size):
             numbers = range(first, min(first + self.batch_size, start + count))
             generators = [torch.Generator().manual_seed(self.seed * 1_000_003 + number) for number in numbers]
-            images = self.pipeline(len(numbers), plan=plan, generator=generators, output_type="pt").images
+            told = spread_classes(self.pipeline.unet.config, self.pipeline.config.colors, numbers)
+            images = self.pipeline(len(numbers), plan=plan, generator=generators, output_type="pt", classes=told).images
             images = (images.float() * 255).round() / 255  # as they are saved
             found.append(self.features(images, data_range=(0, 1)).double())
         return torch.cat(found)

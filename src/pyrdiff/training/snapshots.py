@@ -75,6 +75,14 @@ def list_snapshots(run: Path) -> list[Snapshot]:
     return sorted(Snapshot(int(name[1]), folder / name[0]) for name in names if name)
 
 
+def last_step(run: Path) -> int:
+    """The step of the last copy. Raises `ValueError` if there is none."""
+    snapshots = list_snapshots(run)
+    if not snapshots:
+        raise ValueError(f"{str(run / FOLDER)!r}: no copies of averages; expected a run with --keep_averages")
+    return snapshots[-1].step
+
+
 def average(
     run: Path, length: float, parameters: Mapping[str, torch.Tensor], step: int | None = None
 ) -> dict[str, torch.Tensor]:
@@ -93,11 +101,8 @@ def average(
     Raises:
         ValueError: if there are no copies, or they are not of this network, or not finite.
     """
-    snapshots = list_snapshots(run)
-    if not snapshots:
-        raise ValueError(f"{str(run / FOLDER)!r}: no copies of averages; expected a run with --keep_averages")
-    step = snapshots[-1].step if step is None else step
-    kept = [(snapshot, length) for snapshot in snapshots for length in _lengths(snapshot.path)]
+    step = last_step(run) if step is None else step
+    kept = [(snapshot, length) for snapshot in list_snapshots(run) for length in _lengths(snapshot.path)]
     weights = coefficients([(snapshot.step, its_length) for snapshot, its_length in kept], length, step)
     total = {name: torch.zeros(value.shape, dtype=torch.float64) for name, value in parameters.items()}
     for (snapshot, its_length), weight in zip(kept, weights.tolist(), strict=True):
