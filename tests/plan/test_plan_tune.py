@@ -11,7 +11,7 @@ from oracles import GaussianNoisePredictor, natural_spectrum, radius, spectrum_o
 
 from pyrdiff import PyramidalPipeline
 from pyrdiff.metrics.features import ImageFeatures
-from pyrdiff.plan.tune import SDE, Judged, _Judge, auto_plan, candidates, choose_three, tune
+from pyrdiff.plan.tune import SDE, Judge, Judged, auto_plan, candidates, choose_three, tune
 
 POWER, SIDE = 0.002, 16
 ROUGH, FINE = (
@@ -84,8 +84,8 @@ def test_a_search_is_repeated_by_its_seed(search):
 
 
 def test_every_round_sees_other_noise_than_the_rounds_before(search, monkeypatch):
-    judge, asked = _Judge.features_of, []
-    monkeypatch.setattr(_Judge, "features_of", lambda self, *which: asked.append(which[1:]) or judge(self, *which))
+    judge, asked = Judge.features_of, []
+    monkeypatch.setattr(Judge, "features_of", lambda self, *which: asked.append(which[1:]) or judge(self, *which))
     tuned, _ = search(minutes=0.3)  # enough for every second plan
     (plans, first), (better, second), (best, last) = tuned.rounds
     expected = [(0, first)] * plans + [(first, second)] * better

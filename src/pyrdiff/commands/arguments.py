@@ -41,7 +41,7 @@ GROUPS = {  # of --help; what is in none of them is the method's own
     "sampling": "adapter num_images plan budget_ms num_inference_steps refine_steps refine_strength num_passes classes "
     "guidance_scale guidance_interval guidance operator detail restore color_fix hard_consistency arguments",
     "measuring": "metrics features weights feature_weights lpips_network lpips_weights channels crop_border resamples "
-    "arms only runs tune tune_minutes target bench costs",
+    "per_class arms only runs tune tune_minutes target bench costs",
     "run": "batch_size train_batch_size seed device dtype half mixed_precision channels_last compile revision "
     "max_megapixels trust_remote_code update_code",
     "length": "minutes max_train_steps checkpointing_steps checkpoints_total_limit resume_from_checkpoint init_from "
