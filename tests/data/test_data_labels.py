@@ -172,3 +172,74 @@ def test_the_column_of_classes_of_a_data_set():
 def test_labels_that_do_not_fit_their_images():
     with pytest.raises(ValueError, match="labels: 3 for 4 images"):
         ImageLevels([8], [ARRAY[..., None]], list("abcd"), labels=Labels(("x",), np.zeros(3, int)))
+
+
+# A table beside the images.
+
+
+@pytest.fixture
+def flat(tmp_path):
+    """Images of three colours, one of them in a sub-folder, and {path: colour}."""
+    colors = {"a.png": "red", "b.png": "blue", "more/c.png": "red", "d.png": "green"}
+    for name, color in colors.items():
+        (tmp_path / "flat" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), COLORS[color]).save(tmp_path / "flat" / name)
+    return tmp_path / "flat", colors
+
+
+def as_table(rows: list[dict], kind: str) -> str:
+    if kind == "jsonl":
+        return "".join(json.dumps(row) + "\n" for row in rows)
+    return "\n".join([",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)])
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize("extra", [{}, {"text": "a picture"}])
+def test_a_table_says_the_classes(flat, kind, extra):
+    folder, colors = flat
+    column = "label" if extra else "colour"
+    rows = [{"file_name": name, **extra, column: color} for name, color in reversed(colors.items())]
+    (folder / f"metadata.{kind}").write_text(as_table(rows, kind), encoding="utf-8-sig" if kind == "csv" else "utf-8")
+    source = open_source(folder, class_labels=True)
+    assert source.labels.names == ("blue", "green", "red")
+    images = ImageLevels.build(source, [8])
+    assert [color_of(image) for image in images.arrays[0]] == [images.labels.names[n] for n in images.labels.numbers]
+
+
+def test_numbers_in_a_table_are_sorted_as_such(flat):
+    folder, colors = flat
+    rows = [{"file_name": name, "label": 10 * index} for index, name in enumerate(colors)]
+    (folder / "metadata.jsonl").write_text(as_table(rows, "jsonl"))
+    assert open_source(folder, class_labels=True).labels.names == ("0", "10", "20", "30")
+
+
+HEAD = "file_name,label\n"
+ROWS = "a.png,x\nb.png,x\nd.png,y\nmore/c.png,y\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("metadata.csv", HEAD + ROWS.replace("d.png,y\n", ""), "has no row for 'd.png', an image beside it"),
+        ("metadata.csv", HEAD + ROWS + "e.png,x\n", "has a row for 'e.png', which is no image there"),
+        ("metadata.csv", HEAD + ROWS + "../a.png,x\n", "has a row for '../a.png', which is no image there"),
+        ("metadata.csv", HEAD + ROWS + "a.png,y\n", "line 6 .* has 'a.png' again, with another label"),
+        ("metadata.csv", HEAD + "a.png\n", "line 2 .* has 1 cells; expected 2"),
+        ("metadata.csv", HEAD + "a.png,\n", "line 2 .* has label=''; expected a name or a whole number"),
+        ("metadata.csv", "file,label\na.png,x\n", r"line 2 .* has the columns \['file', 'label'\]; expected file_name"),
+        ("metadata.csv", "file_name,a,b\na.png,1,2\n", "expected file_name, and label or just one other"),
+        ("metadata.csv", "", "has no row for 'a.png'"),
+        ("metadata.jsonl", '{"file_name": "a.png", "label": 1.5}\n', "line 1 .* has label=1.5; expected a name"),
+        ("metadata.jsonl", '{"file_name": 3, "label": 1}\n', "line 1 .* has file_name=3; expected the path"),
+        ("metadata.jsonl", "[1]\n", "line 1 .* is no object"),
+        ("metadata.jsonl", "{\n", "line 1 of"),
+        ("metadata.csv", b"\xff\xfe\x00", "cannot be read"),
+    ],
+)
+def test_bad_tables_are_one_line(flat, name, text, said):
+    folder, _ = flat
+    (folder / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=said) as caught:
+        open_source(folder, class_labels=True)
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("class_labels")
+    assert len(open_source(folder)) == 4  # and is nothing to a training without classes

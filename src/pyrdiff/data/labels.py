@@ -1,4 +1,4 @@
-"""The classes of images: sub-folders of a folder, the array beside the images of an .npz, a column of a data set."""
+"""The classes of images: sub-folders of a folder or a table in it, an array of an .npz, a column of a data set."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -8,6 +8,7 @@ import numpy as np
 from pyrdiff.parts.outputs import is_training
 
 from .listing import Listing
+from .metadata import find_metadata, read_labels
 
 if TYPE_CHECKING:
     import datasets
@@ -48,11 +49,16 @@ class Labels(NamedTuple):
 
 def labels_of_folder(listing: Listing) -> Labels:
     """
-    The first sub-folder that each image lies in is its class.
+    The classes of a folder's images: as its metadata.csv or metadata.jsonl says, or else the first sub-folder that each
+    image lies in.
 
     Raises:
-        ValueError: if an image lies in none of them, or one of them has no image.
+        ValueError: if an image lies in no sub-folder, or one of them has no image; or if the table has no row for an
+            image, or one for what is no image there.
     """
+    table = find_metadata(listing.folder)
+    if table is not None:
+        return _labels_of_table(table, listing)
     places = [path.relative_to(listing.folder).parts for path in listing.images]
     beside = [parts[0] for parts in places if len(parts) == 1]
     if beside:
@@ -67,6 +73,27 @@ def labels_of_folder(listing: Listing) -> Labels:
         if not any(is_training(settings.parent) for settings in path.rglob("settings.json")):
             raise ValueError(f"class_labels: {str(path)!r} has no image; expected one at least for each class")
     return Labels.of(np.array([parts[0] for parts in places]))
+
+
+def _labels_of_table(table: Path, listing: Listing) -> Labels:
+    labels = read_labels(table)
+    places = [path.relative_to(listing.folder).as_posix() for path in listing.images]
+    known = {*places, *(path.relative_to(listing.folder).as_posix() for path in listing.of_runs)}
+    for text, names in (
+        (
+            "has no row for {}, an image beside it; expected one for each",
+            [name for name in places if name not in labels],
+        ),
+        (
+            "has a row for {}, which is no image there; expected only images",
+            [name for name in labels if name not in known],
+        ),
+    ):
+        if names:
+            raise ValueError(f"class_labels: {str(table)!r} {text.format(repr(names[0]))} ({len(names)} such)")
+    values = [labels[place] for place in places]
+    whole = all(isinstance(value, int) for value in values)
+    return Labels.of(np.array(values if whole else [str(value) for value in values]))
 
 
 def labels_in_archive(arrays: np.lib.npyio.NpzFile, count: int, path: Path) -> Labels:

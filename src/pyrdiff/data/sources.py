@@ -235,7 +235,8 @@ def open_source(
         array_key: Name of an array in a .npz file.
         leave_out_runs: Of a folder, whether images that runs of ours wrote are left out; see `look_into`.
         class_labels: Whether the source is to say the images' classes as its `labels`. Of a folder these are its
-            sub-folders, of a .npz file its array "y_train" or "labels", of a Hub data set its only column of feature
+            sub-folders, or what its metadata.csv or metadata.jsonl says (column `label`, or the only one beside
+            `file_name`), of a .npz file its array "y_train" or "labels", of a Hub data set its only column of feature
             type `datasets.ClassLabel`.
 
     Raises:

@@ -43,8 +43,9 @@ class PyramidalSettings(TrainingSettings):
     more often (1 2 6 for 16 32 64); 1 1 1 is the paper's."""
 
     class_labels: bool = False
-    """Train the images' classes: the sub-folders of the folder of images (each image in one), the array y_train or
-    labels of an .npz, or the column of classes of a data set. Their names are in the network's config."""
+    """Train the images' classes: the sub-folders of the folder of images (each image in one) or the column label of its
+    metadata.csv or metadata.jsonl, the array y_train or labels of an .npz, or the column of classes of a data set.
+    Their names are in the network's config."""
     label_dropout: float = 0.1
     """Share of the images whose class is not told, for guidance and for images of any class."""
     held_out_dir: str | None = None
