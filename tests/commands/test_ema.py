@@ -170,6 +170,15 @@ def test_a_model_is_evaluated_by_class(run, images, classifier):
     assert len(results) == 3 * 4
 
 
+def test_measured_images_are_of_the_classes_of_training(run):
+    pipeline = pyrdiff.load(run / "pipeline")
+    shares = [each["share"] for each in pipeline.config.colors["classes"]]
+    assert shares == pytest.approx([2 / 3, 1 / 3], abs=1e-5)
+    told = sample.classes_for(pipeline, range(300))["classes"]
+    assert abs(told.count("dark") - 200) <= 2 and set(told) == {"dark", "light"}
+    assert sample.classes_for(pyrdiff.load("noto-emoji"), range(3)) == {}
+
+
 def test_one_class_of_another_name_is_refused_before_sampling(run, images, classifier, tmp_path):
     shutil.copytree(images, tmp_path / "images")
     (tmp_path / "images" / "light").rename(tmp_path / "images" / "pale")

@@ -1,7 +1,7 @@
 """Copies of a run's averages in its folder: which steps are kept, how they are written, and averages made of them."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +60,7 @@ def write_snapshot(run: Path, step: int, averages: Mapping[float, Mapping[str, t
     remove_snapshots(run, lambda at: at % spacing(step) and at != step)
 
 
-def remove_snapshots(run: Path, unwanted) -> None:
+def remove_snapshots(run: Path, unwanted: Callable[[int], bool]) -> None:
     """Removes the copies of the steps for which f(step) is true, and what a killed run left half-written."""
     sweep(run / FOLDER)
     for snapshot in list_snapshots(run):
