@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from pyrdiff.parts.files import replacing, sweep
 from pyrdiff.parts.weights import unusable
@@ -56,7 +56,7 @@ def write_snapshot(run: Path, step: int, averages: Mapping[float, Mapping[str, t
     }
     folder = run / FOLDER
     with replacing(folder / f"step-{step:07d}.safetensors") as beside:
-        save_file(tensors, beside, metadata={"format": "pt"})
+        beside.write_bytes(save(tensors, metadata={"format": "pt"}))
     remove_snapshots(run, lambda at: at % spacing(step) and at != step)
 
 
