@@ -59,6 +59,7 @@ class EmaSettings:
     batch_size: int = 32
     """Samples at a time."""
     seed: int = 0
+    """Sample k has the same noise for every length."""
     device: str | None = None
     """For the samples; by default the GPU if there is one."""
 
