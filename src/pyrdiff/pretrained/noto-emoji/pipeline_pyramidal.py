@@ -162,11 +162,14 @@ def check_colors(colors: Mapping | None, channels: int) -> None:
 
     Args:
         colors: {"mean": [C], "covariance": [C, C]} of the mean colours of images in [-1, 1], or `None`; and as
-            "classes", if there are any, a list of the same of each class.
+            "classes", if there are any, a list of the same of each class, with its "share" of the images.
         channels: C.
     """
     if colors is None:
         return
+    share = colors.get("share", 0.0) if isinstance(colors, Mapping) else 0.0
+    if not is_number(share) or not 0 <= share <= 1:
+        raise ValueError(f"colors: has a share of {share!r}; expected a number from 0 to 1")
     of_classes = colors.get("classes", []) if isinstance(colors, Mapping) else []
     if not isinstance(of_classes, (list, tuple)):
         raise ValueError(f"colors: has the classes {of_classes!r}; expected a list with the colours of each")
@@ -223,10 +226,11 @@ def _root_and_mean(colors: Mapping) -> tuple[torch.Tensor, torch.Tensor]:
     return root, torch.tensor(colors["mean"])
 
 
-# pyrdiff.parts.labels: The classes of a call: as its user names them, as numbers for the network, and guidance by them.
+# pyrdiff.parts.labels: The classes of a call: as its user names them, as numbers for the network, and as often as in training.
 
 Classes = str | int | None | Sequence[str | int | None]
 NAMED_CLASSES = 12  # in a message
+GOLDEN = 0.6180339887498949  # multiples of it, taken modulo 1, are spread evenly however many there are
 
 
 def count_images(batch_size: int | None, classes: Classes) -> int:
@@ -263,6 +267,30 @@ def label_numbers(classes: Classes, count: int, config: Mapping) -> list[int] | 
     return labels * count if len(labels) == 1 else labels
 
 
+def spread_classes(config: Mapping, colors: Mapping | None, numbers: Sequence[int]) -> list[str] | None:
+    """
+    Classes of images that together stand for the training images: each as often as there.
+
+    Args:
+        config: Of the network.
+        colors: Of the pipeline; "share" in its "classes" says how often each is. Without, all are as often.
+        numbers: Of the images, 0 or more. An image of a number has the same class whatever the others are.
+
+    Returns:
+        A class for each image, or `None` for a network without classes.
+    """
+    total, names = config.get("num_class_embeds"), config.get("class_names")
+    if not total:
+        return None
+    names = [str(number) for number in range(total)] if names is None else list(names)
+    shares = np.array([each.get("share", 0.0) for each in (colors or {}).get("classes") or []])
+    if len(shares) != len(names) or shares.sum() <= 0:
+        shares = np.ones(len(names))
+    places = (np.asarray(numbers, dtype=np.float64) + 0.5) * GOLDEN % 1
+    found = np.searchsorted(np.cumsum(shares) / shares.sum(), places, side="right")
+    return [names[min(index, len(names) - 1)] for index in found]
+
+
 def _label_number(value: str | int | None, config: Mapping) -> int:
     """A class by its name or number. Where the names are numbers, a number is a name."""
     named, total = config.get("class_names"), config["num_class_embeds"]
@@ -283,16 +311,19 @@ def _label_number(value: str | int | None, config: Mapping) -> int:
     raise ValueError(f"classes={value!r}: expected one of {', '.join(known)}{more}{none}")
 
 
-def check_guidance(scale: float, interval: Sequence[float] | None, config: Mapping) -> None:
+# pyrdiff.parts.guidance: Guidance: predictions drawn away from those of the network without the class, or of a worse network.
+
+def check_guidance(scale: float, interval: Sequence[float] | None, config: Mapping, has_guide: bool) -> None:
     """
     Checks the arguments `guidance_scale` and `guidance_interval`.
 
     Args:
         scale, interval: The arguments.
         config: Of the network.
+        has_guide: Whether there is a worse network to guide by.
 
     Raises:
-        ValueError: for numbers out of range, or a network that cannot be guided by its classes.
+        ValueError: for numbers out of range, or a network that cannot be guided.
     """
     if not is_number(scale) or scale < 0:
         raise ValueError(f"guidance_scale={scale!r}: expected a number from 0 up")
@@ -300,9 +331,29 @@ def check_guidance(scale: float, interval: Sequence[float] | None, config: Mappi
         good = isinstance(interval, (list, tuple)) and len(interval) == 2 and all(map(is_number, interval))
         if not good or not 0 <= interval[0] < interval[1] <= 1:
             raise ValueError(f"guidance_interval={interval!r}: expected (low, high) within [0, 1]")
-    if scale != 1 and config.get("class_names") is None:
+    if scale != 1 and config.get("class_names") is None and not has_guide:
         lacks = "has no label for images of no class" if config.get("num_class_embeds") else "knows no classes"
-        raise ValueError(f"guidance_scale={scale}: expected 1.0, since this network {lacks}")
+        raise ValueError(
+            f"guidance_scale={scale}: expected 1.0, since this network {lacks}, and no `guide` comes with it"
+        )
+
+
+def check_guided(scales: Sequence[float], classes: Classes, has_guide: bool) -> None:
+    """
+    Refuses guidance by classes of images none of which has one.
+
+    Args:
+        scales: At each step of a call.
+        classes: Of the call.
+        has_guide: Whether it is guided by a worse network, whatever the classes.
+
+    Raises:
+        ValueError: if there is nothing to guide by.
+    """
+    scale = next((scale for scale in scales if scale != 1), 1)
+    named = classes if isinstance(classes, (list, tuple)) else [classes]
+    if scale != 1 and not has_guide and all(value is None for value in named):
+        raise ValueError(f"guidance_scale={scale:g}: expected classes beside it, which guidance draws towards")
 
 
 def guidance_scales(
@@ -311,6 +362,37 @@ def guidance_scales(
     """The scale at each time: 1, which is none, where the share of the noise process is outside the interval."""
     low, high = (0.0, 1.0) if interval is None else interval
     return [float(scale) if low <= time / train_steps <= high else 1.0 for time in times]
+
+
+def check_guide(guide: Mapping, network: Mapping) -> None:
+    """
+    Refuses a guide that cannot be called as the network is.
+
+    Args:
+        guide, network: Their configs.
+
+    Raises:
+        ValueError: the setting is named.
+    """
+
+    def both(*names: str) -> tuple:
+        return tuple(
+            next((config[name] for name in names if config.get(name) is not None), None) for config in (guide, network)
+        )
+
+    for name, (its, ours) in (
+        ("image_channels", both("image_channels", "in_channels")),
+        ("class_names", both("class_names")),
+        ("num_class_embeds", both("num_class_embeds")),
+    ):
+        if its != ours:
+            raise ValueError(f"guide has {name}={its!r}: expected {ours!r}, as the network has")
+    its, ours = (len(config.get("block_out_channels", (1,))) for config in (guide, network))
+    if its > ours:
+        raise ValueError(f"guide has {its} levels of channels: expected at most {ours}, as the network has")
+    its, ours = (config.get("noise_window", 1.0) for config in (guide, network))
+    if its < ours:
+        raise ValueError(f"guide has noise_window={its}: expected {ours} or more, as the network has")
 
 
 # pyrdiff.parts.levels: The levels of a pyramid: their sizes, and what a level needs of the network.
@@ -1066,16 +1148,22 @@ class SamplingPipeline(StandaloneSaving):
         return 2 ** (len(getattr(plain(self.unet).config, "block_out_channels", (1,))) - 1)
 
     def _predict(
-        self, sample: torch.Tensor, time: torch.Tensor, coordinates: torch.Tensor, labels: torch.Tensor | None = None
+        self,
+        sample: torch.Tensor,
+        time: torch.Tensor,
+        coordinates: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        network: torch.nn.Module | None = None,
     ) -> torch.Tensor:
         """
-        The network's output [B, C, H, W], float32; it is told where the pixels lie if it wants to know, and the labels
-        of the images' classes if there are any: [B], or [B / n] for n windows of each image.
+        The output [B, C, H, W], float32, of `unet` or another network; it is told where the pixels lie if it wants to
+        know, and the labels of the images' classes if there are any: [B], or [B / n] for n windows of each image.
         """
-        told = {"coordinates": coordinates} if network_takes(self.unet, "coordinates") else {}
+        network = self.unet if network is None else network
+        told = {"coordinates": coordinates} if network_takes(network, "coordinates") else {}
         if labels is not None:
             told["class_labels"] = labels.repeat(len(sample) // len(labels))
-        return self.unet(sample.to(plain(self.unet).dtype), time, **told, return_dict=False)[0].float()
+        return network(sample.to(plain(network).dtype), time, **told, return_dict=False)[0].float()
 
     def _labels(self, classes: Classes, count: int) -> torch.Tensor | None:
         """What the network is told of the images' classes, int64 [count]; `None` if it knows none."""
@@ -1205,9 +1293,12 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
             "scheduler" and "refine_scheduler", [class of diffusers, {setting: value}] to run the levels with instead.
         colors (`dict`, *optional*): {"mean": [C], "covariance": [C, C]} of the mean colours of the training images, in
             the [-1, 1] range, for `start_strength`; and as "classes" a list of the same of each class.
+        guide (*optional*): A worse network of the same images, to guide by (autoguidance, Karras et al. 2024): an early
+            average of the same training, or a smaller network. With it, `guidance_scale` needs no classes.
     """
 
-    _optional_components = ["refine_scheduler"]
+    _optional_components = ["refine_scheduler", "guide"]
+    model_cpu_offload_seq = "guide->unet"
     PLAN_ARGUMENTS = PyramidalArguments._fields
     BESIDE_PLANS = ("guidance_scale", "guidance_interval")  # may be given with a plan that does not set them
     RETIRED = ("detail_spectra", "spectra")
@@ -1219,14 +1310,17 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         refine_scheduler: SchedulerMixin | None = None,
         plans: dict | None = None,
         colors: dict | None = None,
+        guide: ModelMixin | None = None,
     ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler, refine_scheduler=refine_scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, refine_scheduler=refine_scheduler, guide=guide)
         self.register_to_config(plans=plans, colors=colors)
         check_colors(colors, self._channels)
         check_scheduler("scheduler", scheduler)
         if refine_scheduler is not None:
             check_scheduler("refine_scheduler", refine_scheduler)
+        if guide is not None:
+            check_guide(plain(guide).config, plain(unet).config)
         for plan in (plans or {}).values():
             self._choose(plan, PyramidalArguments())
 
@@ -1319,9 +1413,10 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
                 else more noise leaves of an image is hard to learn, and its errors become colour casts.
             classes: What to draw, of a network that knows classes (`unet.config.class_names`): a name or number for all
                 images, or a list with one for each. `None` is for images of any class.
-            guidance_scale: w of classifier-free guidance (Ho and Salimans 2022): the prediction is u + w (c - u), u
-                without the class and c with it, both passes in one batch. 1 is none; above, images are more typical of
-                their class and less varied. A guided step costs two network calls.
+            guidance_scale: w of guidance: the prediction is u + w (c - u), c that of the network. u is its prediction
+                without the class (Ho and Salimans 2022), both passes in one batch; or, of a pipeline with a `guide`,
+                that of the guide (Karras et al. 2024). 1 is none; above, images are more typical of their class, or of
+                the data, and less varied. A guided step costs two network calls.
             guidance_interval: (low, high), shares of the noise process within which there is guidance (Kynkäänniemi et
                 al. 2024); by default everywhere.
 
@@ -1341,7 +1436,7 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         stages = self.lay_out(plan, arguments)
         batch_size = count_images(batch_size, classes)
         labels = self._labels(classes, batch_size)
-        self._check_guided(stages, classes)
+        check_guided([scale for stage in stages for scale in stage.scales], classes, self.guide is not None)
         self._check_request(batch_size, generator, output_type, callback_on_step_end_tensor_inputs)
         if len(box) != 4 or not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
             raise ValueError(f"box={box}: expected (top, left, bottom, right) within [0, 1]")
@@ -1396,22 +1491,17 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         labels: torch.Tensor | None,
         scale: float,
     ) -> torch.Tensor:
-        """The network's output; unless the scale is 1, drawn away from the output for images of any class."""
+        """The network's output; unless the scale is 1, drawn away from the guide's, or that for images of any class."""
         if scale == 1:
             return self._predict(sample, time, coordinates, labels)
+        if self.guide is not None:
+            worse = self._predict(sample, time, coordinates, labels, self.guide)
+            return worse + scale * (self._predict(sample, time, coordinates, labels) - worse)
         none = torch.full_like(labels, plain(self.unet).config.num_class_embeds - 1)
         coordinates = coordinates[:1].expand(2 * len(sample), -1, -1, -1)
         both = self._predict(torch.cat((sample, sample)), time, coordinates, torch.cat((none, labels)))
         without, told = both.chunk(2)
         return without + scale * (told - without)
-
-    @staticmethod
-    def _check_guided(stages: list[PyramidalStage], classes: Classes) -> None:
-        """Refuses guidance of images none of which has a class."""
-        scale = next((scale for stage in stages for scale in stage.scales if scale != 1), 1)
-        named = classes if isinstance(classes, (list, tuple)) else [classes]
-        if scale != 1 and all(value is None for value in named):
-            raise ValueError(f"guidance_scale={scale:g}: expected classes beside it, which guidance draws towards")
 
     def _coordinates(self, stage: PyramidalStage, box: Sequence[float], batch_size: int) -> torch.Tensor:
         grid = pixel_grid(*stage.network_size, box).to(self._execution_device)
@@ -1439,7 +1529,8 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
         for strength in strengths:
             check_strength("refine_strength", strength)
         self._check_start(arguments.start_strength)
-        check_guidance(arguments.guidance_scale, arguments.guidance_interval, plain(self.unet).config)
+        config, guided = plain(self.unet).config, self.guide is not None
+        check_guidance(arguments.guidance_scale, arguments.guidance_interval, config, guided)
         stages = []
         for index, (size, strength) in enumerate(zip(sizes, [arguments.start_strength, *strengths], strict=True)):
             name = "refine_steps" if index else "num_inference_steps"
