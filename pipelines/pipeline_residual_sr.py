@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import diffusers
@@ -168,6 +169,8 @@ class ResidualSRPipeline(SamplingPipeline, DiffusionPipeline):
         eta: float | None = None,
         plan: str | dict | None = None,
         num_samples: int = 1,
+        detail: float | None = None,
+        restore: float | None = None,
         hard_consistency: bool = False,
         color_fix: bool = False,
         clip_sample: bool = True,
@@ -196,6 +199,10 @@ class ResidualSRPipeline(SamplingPipeline, DiffusionPipeline):
             plan: A plan of the pipeline by its name (`pipeline.config.plans`), or one as a dict, in place of the four
                 arguments above, which are then left at their defaults.
             num_samples: Samples of each input. They come input by input.
+            detail: How much detail a network that was trained so makes up: from 0, the nearest to the truth and smooth,
+                to 1, the default, as sharp as it can.
+            restore: How much blur, noise and JPEG such a network undoes: from 0, the default, for inputs that were only
+                made smaller, to 1.
             hard_consistency: Whether to project the output until bicubic shrinking turns it into the input up to
                 rounding, as far as images in [0, 1] can; it is then clipped in every form.
             color_fix: Whether to shift each channel of each output so that its mean, before clipping, is the input's.
@@ -224,7 +231,8 @@ class ResidualSRPipeline(SamplingPipeline, DiffusionPipeline):
             check_switch(name, value)
         self._check_request(len(low), generator, output_type, callback_on_step_end_tensor_inputs)
         tiling = Tiling.checked(tile, tile_overlap, self._size_multiple)
-        network = WindowedNetwork(self._network, self._size_multiple, tiling)
+        told = self._told(detail=detail, restore=restore)
+        network = WindowedNetwork(partial(self._network, **told), self._size_multiple, tiling)
         estimates = self._estimates(steps)
 
         device = self._execution_device
@@ -258,9 +266,24 @@ class ResidualSRPipeline(SamplingPipeline, DiffusionPipeline):
             return (output.images, output.consistency, output.mean, output.uncertainty)
         return output
 
-    def _network(self, sample: torch.Tensor, level: torch.Tensor, low_res: torch.Tensor) -> torch.Tensor:
+    def _network(
+        self, sample: torch.Tensor, level: torch.Tensor, low_res: torch.Tensor, **told: float
+    ) -> torch.Tensor:
         dtype = plain(self.unet).dtype
-        return self.unet(sample.to(dtype), level, low_res=low_res.to(dtype), return_dict=False)[0].float()
+        return self.unet(sample.to(dtype), level, low_res=low_res.to(dtype), **told, return_dict=False)[0].float()
+
+    def _told(self, **arguments: float | None) -> dict[str, float]:
+        """What the network is told beside the images, of the arguments that were given."""
+        for name, value in arguments.items():
+            if value is None:
+                continue
+            if not network_takes(self.unet, name):
+                raise ValueError(
+                    f"{name}={value!r}: expected None, since this network takes none, a {type(plain(self.unet)).__name__}"
+                )
+            if not (is_number(value) and 0 <= value <= 1):
+                raise ValueError(f"{name}={value!r}: expected a number in [0, 1]")
+        return {name: float(value) for name, value in arguments.items() if value is not None}
 
     @staticmethod
     def _noise(shape: torch.Size, num_samples: int, generator: Generators, device: torch.device) -> torch.Tensor:

@@ -16,6 +16,7 @@ from pyrdiff import (
     ResidualSRPipeline,
     ResidualSRUNet2DModel,
     ScaleAutoencoder,
+    ShuffledSRModel,
 )
 
 BLOCKS = dict(
@@ -47,6 +48,14 @@ def residual_network(**changes) -> ResidualSRUNet2DModel:
     return ResidualSRUNet2DModel(**{**settings, "image_channels": 1, "scale_factors": (2,), **changes}).eval()
 
 
+def shuffled_network(**changes) -> ShuffledSRModel:
+    torch.manual_seed(0)
+    settings = dict(block_out_channels=(8, 12), layers_per_block=(1, 1), embedding_dim=8, image_channels=1)
+    network = ShuffledSRModel(**{**settings, "scale_factors": (2,), **changes}).eval()
+    torch.nn.init.normal_(network.conv_out.weight, std=0.1, generator=seeded())
+    return network
+
+
 def trajectory_network(**changes) -> ParallelTrajectoryUNet2DModel:
     torch.manual_seed(0)
     settings = dict(encoder_channels=(8, 16), attention_levels=(1,), norm_num_groups=4, attention_head_dim=8)
@@ -66,6 +75,7 @@ def autoencoder(**changes) -> ScaleAutoencoder:
 NETWORKS = {
     "coordinates": (coordinate_network, dict(sample=draw(2, 1, 8, 8), timestep=5, coordinates=draw(2, 2, 8, 8))),
     "residual": (residual_network, dict(sample=draw(2, 1, 8, 8), noise_level=0.5, low_res=draw(2, 1, 8, 8, seed=1))),
+    "shuffled": (shuffled_network, dict(sample=draw(2, 1, 8, 8), noise_level=0.5, low_res=draw(2, 1, 8, 8, seed=1))),
     "trajectory": (
         trajectory_network,
         dict(sample=draw(2, 1, 8, 8), timestep=5, structure=draw(2, 1, 8, 8, seed=1), steps=[1, 4]),
@@ -213,6 +223,7 @@ ONE_BLOCK = {  # all of a forward but few blocks, since tracing them takes long
         block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False
     ),
     "residual": dict(attention="16x16"),
+    "shuffled": {},
     "trajectory": dict(encoder_channels=(8,), attention_levels=(), layers_per_block=1, head_attention=False),
     "autoencoder": dict(block_out_channels=(8,), attention_sizes=()),
 }
@@ -238,7 +249,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
     def gradients(network: torch.nn.Module) -> tuple[list[torch.Tensor], int]:
         calls = []
         for module in network.modules():
-            if type(module).__name__ == "ResnetBlock2D":
+            if type(module).__name__ in ("ResnetBlock2D", "ConditionedBlock"):
                 module.register_forward_pre_hook(lambda *_: calls.append(1))
         sum(output.square().sum() for output in outputs_of(network.train(), arguments)).backward()
         return [parameter.grad for parameter in network.parameters() if parameter.grad is not None], len(calls)
@@ -263,7 +274,7 @@ def empty_memory_is_not_a_number():
 
 
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
-@pytest.mark.parametrize("name", ["coordinates", "residual", "trajectory"])
+@pytest.mark.parametrize("name", ["coordinates", "residual", "shuffled", "trajectory"])
 def test_group_offloading_gives_the_same_outputs(name, kind, tmp_path, empty_memory_is_not_a_number):
     make, arguments = NETWORKS[name]
     network = make()
@@ -277,7 +288,7 @@ def test_group_offloading_gives_the_same_outputs(name, kind, tmp_path, empty_mem
         )
         assert any(parameter.isnan().any() for parameter in network.parameters())
         for ours, theirs in zip(outputs_of(network, arguments), expected, strict=True):
-            assert torch.equal(ours, theirs)
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)  # where weights lie decides how sums are rounded
 
 
 def test_an_autoencoder_refuses_group_offloading_and_the_others_go_on_without_it(tmp_path):
@@ -320,7 +331,8 @@ def test_a_network_with_numbers_of_numpy_is_saved_and_loaded(name, tmp_path):
     again.load_state_dict(network.state_dict())
     again.save_pretrained(tmp_path)
     loaded = type(network).from_pretrained(tmp_path).eval()
-    assert all(map(torch.equal, outputs_of(loaded, arguments), outputs_of(network, arguments)))
+    for ours, theirs in zip(outputs_of(loaded, arguments), outputs_of(network, arguments), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
 def in_numpy(value):

@@ -18,6 +18,7 @@ _HOMES = {
     "ResidualSRPipeline": "pyrdiff.pipelines",
     "ResidualSRUNet2DModel": "pyrdiff.models",
     "ScaleAutoencoder": "pyrdiff.models",
+    "ShuffledSRModel": "pyrdiff.models",
     "load": "pyrdiff.hub",
     "data": "pyrdiff.data",
     "hub": "pyrdiff.hub",

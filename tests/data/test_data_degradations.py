@@ -92,55 +92,87 @@ def test_realistic_is_8_bit_and_near_the_original(channels):
     assert 0.01 < error < 0.15
 
 
-def test_blur_has_the_standard_deviation_that_is_asked_for():
-    sigma = torch.tensor([0.0, 0.8, 1.6, 2.5])
-    delta = torch.zeros(4, 2, 41, 45)
-    delta[:, 0, 20, 22], delta[:, 1, 20, 22] = 1, -3
-    blurred = module._blur(delta, sigma, 2.5).double()
-    assert torch.equal(blurred[0].float(), delta[0])
-    torch.testing.assert_close(blurred[:, 1], -3 * blurred[:, 0], rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(blurred.sum((2, 3))[:, 0], torch.ones(4).double(), rtol=1e-5, atol=0)
-    for axis, centre in ((1, 20), (2, 22)):
-        marginal = blurred[:, 0].sum(3 - axis)
-        offset = torch.arange(marginal.shape[1]) - centre
-        assert ((marginal * offset).sum(1)).abs().max() < 1e-5
-        std = (marginal * offset.square()).sum(1).sqrt()
-        torch.testing.assert_close(std, sigma.double(), rtol=0.01, atol=1e-6)
-    rows, columns = torch.arange(41)[:, None] - 20, torch.arange(45) - 22
-    gaussian = torch.exp(-(rows.square() + columns.square()) / (2 * 1.6**2)) / (2 * math.pi * 1.6**2)
-    torch.testing.assert_close(blurred[2, 0], gaussian.double(), rtol=0, atol=2e-4)
+@pytest.mark.parametrize("turn", [0.0, 0.6, 2.5])
+@pytest.mark.parametrize("sigmas", [(1.6, 1.6), (2.5, 1.0), (0.8, 2.0)])
+def test_blur_has_the_covariance_that_is_asked_for(sigmas, turn):
+    delta = torch.zeros(1, 2, 41, 45)
+    delta[0, 0, 20, 22], delta[0, 1, 20, 22] = 1, -3
+    blurred = module._blur(delta, sigmas, turn)[0].double()
+    torch.testing.assert_close(blurred[1], -3 * blurred[0], rtol=1e-5, atol=1e-7)
+    weights = blurred[0]
+    rows, columns = (torch.arange(41) - 20.0)[:, None], torch.arange(45) - 22.0
+    along = columns * math.cos(turn) + rows * math.sin(turn)
+    across = rows * math.cos(turn) - columns * math.sin(turn)
+    assert weights.sum().item() == pytest.approx(1, abs=1e-5)
+    for axis, sigma in ((along, sigmas[0]), (across, sigmas[1])):
+        assert (weights * axis).sum().abs() < 1e-5
+        assert (weights * axis.square()).sum().sqrt().item() == pytest.approx(sigma, rel=0.02)
+    assert (weights * along * across).sum().abs() < 0.02
+
+
+def test_blur_of_nothing_is_the_image():
+    images = smooth()
+    assert torch.equal(module._blur(images, (0.0, 0.0), 0.3), images)
+    torch.testing.assert_close(module._blur(images, (1e-4, 1e-4), 0.3), images)
 
 
 def test_blur_keeps_a_constant_up_to_its_borders_and_takes_small_images():
     for size in ((1, 3, 5, 7), (1, 1, 1, 1), (1, 1, 1, 9)):
         image = torch.full(size, 0.3)
-        torch.testing.assert_close(module._blur(image, torch.tensor([1.5]), 1.6), image)
+        torch.testing.assert_close(module._blur(image, (1.5, 0.7), 1.0), image)
 
 
-def test_blur_is_in_pixels_of_the_small_image(monkeypatch):
+def chain(strength: float = 1.0, last: bool = True, numbers: list[float] | None = None, seed: int = 0):
+    normal = torch.randn(3, 32, 48, generator=torch.Generator().manual_seed(seed))
+    return module._Chain((16, 24), last, strength, numbers or [0.5] * 6, normal)
+
+
+@pytest.mark.parametrize("number", [0.0, 0.34, 0.67, 0.99])
+def test_resizing_ends_at_the_small_size_by_one_of_the_kernels(number):
+    image = smooth(1)
+    resized = chain(numbers=[0, 0, 0, 0, number, 0.5]).resize(image)
+    kernel = module.KERNELS[int(3 * number)]
+    options = {} if kernel == "area" else {"antialias": True}
+    assert torch.equal(resized, torch.nn.functional.interpolate(image, (16, 24), mode=kernel, **options))
+    half_way = chain(last=False, numbers=[0, 0, 0, 0, number, 0.5]).resize(image)
+    assert half_way.shape == (1, 3, 23, 34), "half way on a logarithmic scale"
+
+
+@pytest.mark.parametrize("gray", [True, False])
+@pytest.mark.parametrize("shot", [True, False])
+def test_noise_has_its_spread(shot, gray):
+    numbers = [0, 0.5, 0.1 if gray else 0.9, 0.1 if shot else 0.9, 0, 0]
+    levels = torch.tensor([-1.0, 0.0, 1.0]).reshape(3, 1, 1, 1).expand(3, 3, 32, 48)
+    residual = torch.cat([chain(0.8, True, numbers).noise(level[None]) - level for level in levels])
+    spread = residual.flatten(1).std(1)
+    brightness = torch.tensor([0.0, 0.5, 1.0]).sqrt() if shot else torch.ones(3)
+    torch.testing.assert_close(spread, 2 * 0.8 * 0.5 * module.NOISE * brightness, rtol=0.05, atol=1e-6)
+    assert torch.equal(residual[:, 0], residual[:, 1]) == gray
+
+
+def test_strength_0_is_bicubic_and_good_jpeg():
+    images = smooth()
+    low = degrade(images, 2, "realistic", draws(), torch.zeros(4))
+    rounds = [shrink(images, 2), shrink(module._jpeg(images, torch.full((4,), 95.0)), 2)]
+    assert min((low - each).abs().mean() for each in rounds) < 0.02
+    errors = [
+        (degrade(images, 2, "realistic", draws(), torch.full((4,), strength)) - shrink(images, 2)).square().mean()
+        for strength in (0.0, 0.5, 1.0)
+    ]
+    assert errors[0] < errors[1] < errors[2]
+
+
+def test_the_order_of_the_steps_is_random(monkeypatch):
     seen = []
-    blur = module._blur
-    monkeypatch.setattr(module, "_blur", lambda *args: seen.append(args[1:]) or blur(*args))
-    for factor in (2, 4):
-        degrade(smooth(64, 1, 16, 16), factor, "realistic", draws())
-    (two, widest_two), (four, widest_four) = seen
-    torch.testing.assert_close(2 * two, four)
-    assert widest_two == 0.8 and widest_four == 1.6 and four.max() <= widest_four
-    assert four.min() < 0.1 and four.max() > 1.5 and four.mean() == pytest.approx(0.8, abs=0.2)
-
-
-def test_noise_is_drawn_for_each_image_with_its_own_strength(monkeypatch):
-    monkeypatch.setattr(module, "_jpeg", lambda images, quality: images)
-    images = torch.zeros(200, 1, 32, 32)
-    residual = degrade(images, 2, "realistic", draws()) * 127.5 - 0.5  # 0 is between two levels, and rounds up
-    spread = residual.flatten(1).std(1)  # of 8-bit levels
-    assert spread.min() < 1 and 9 < spread.max() < 11.5 and spread.mean() == pytest.approx(5, abs=0.7)
-    noise = draws()
-    noise.uniform(200), (strength := noise.uniform(200)), noise.uniform(200)
-    torch.testing.assert_close(spread, ((10 * strength).square() + 1 / 12).sqrt(), rtol=0.2, atol=0.2)
-    normed = residual / spread[:, None, None, None]
-    strong = normed[spread > 3].flatten(1)
-    assert (strong @ strong.T / strong.shape[1] - torch.eye(len(strong))).abs().max() < 0.4
+    for step in module.STEPS:
+        method = getattr(module._Chain, step)
+        monkeypatch.setattr(
+            module._Chain, step, lambda self, image, step=step, method=method: seen.append(step) or method(self, image)
+        )
+    degrade(smooth(32), 2, "realistic", draws())
+    rounds = [tuple(seen[start : start + 4]) for start in range(0, len(seen), 4)]
+    assert len(rounds) == 64 and all(sorted(order) == sorted(module.STEPS) for order in rounds)
+    assert len(set(rounds)) > 15, "of 24"
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -158,9 +190,9 @@ def test_jpeg_is_pillows(channels):
 
 def test_quality_covers_40_to_95(monkeypatch):
     seen = []
-    monkeypatch.setattr(module, "_jpeg", lambda images, quality: seen.append(quality) or images)
+    monkeypatch.setattr(module, "_jpeg", lambda images, quality: seen.append(quality.item()) or images)
     degrade(torch.zeros(200, 1, 4, 4), 2, "realistic", draws())
-    assert 40 <= seen[0].min() < 42 and 93 < seen[0].max() <= 95
+    assert len(seen) == 400 and 40 <= min(seen) < 42 and 93 < max(seen) <= 95
 
 
 @pytest.mark.parametrize("kind", ["bicubic", "realistic"])

@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import numpy as np
@@ -9,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-# "realistic": what a small photograph from the web has gone through, each drawn uniformly for every image.
-BLUR = (0.0, 0.4)  # standard deviation of the blur, in pixels of the small image
-NOISE = (0.0, 10 / 255)  # standard deviation of white noise, in the [0, 1] range
-QUALITY = (40, 95)  # of JPEG
+# "realistic": what a small photograph from the web has gone through, twice: at full strength each is drawn uniformly.
+BLUR = 0.7  # standard deviation of the blur along each of its axes up to this, in pixels of the small image
+NOISE = 10 / 255  # standard deviation of noise up to this, in the [0, 1] range; of shot noise that of white
+QUALITY = (40, 95)  # of JPEG; 95 at strength 0
+KERNELS = ("area", "bilinear", "bicubic")  # of resizing
+STEPS = ("blur", "resize", "noise", "jpeg")
 
 
 class Source(Protocol):
@@ -40,12 +43,22 @@ def shrink(images: torch.Tensor, factor: int) -> torch.Tensor:
     return _round(_resize(images, factor))
 
 
-def degrade(images: torch.Tensor, factor: int, kind: Literal["bicubic", "realistic"], draws: Source) -> torch.Tensor:
+def degrade(
+    images: torch.Tensor,
+    factor: int,
+    kind: Literal["bicubic", "realistic"],
+    draws: Source,
+    strength: torch.Tensor | None = None,
+) -> torch.Tensor:
     """
-    What a low-resolution file of each image would hold: "bicubic", `shrink`; or "realistic", a Gaussian blur, `shrink`,
-    white noise and JPEG, each of random strength (`BLUR`, `NOISE`, `QUALITY`). JPEG runs on the CPU.
+    What a low-resolution file of each image would hold: "bicubic", `shrink`; or "realistic", a chain of blur, resizing,
+    noise and JPEG in random order, gone through twice (the second-order degradations of Wang et al. 2021,
+    arXiv:2107.10833, in the random order of Zhang et al. 2021, arXiv:2103.14006). JPEG runs on the CPU.
 
-    Args, returns and raises as `shrink`; `draws` is where the random numbers come from.
+    Args:
+        images, factor: As of `shrink`, which says what is returned and raised, too.
+        draws: Where the random numbers come from.
+        strength: float [B] in [0, 1], of the realistic chain; by default 1. At 0 it is `shrink` and JPEG of quality 95.
     """
     if kind == "bicubic":
         return shrink(images, factor)
@@ -53,13 +66,73 @@ def degrade(images: torch.Tensor, factor: int, kind: Literal["bicubic", "realist
         raise ValueError(f"kind={kind!r}: expected 'bicubic' or 'realistic'")
     _check_factor(images, factor)
     count = len(images)
-    blur, noise, quality = (
-        low + (high - low) * draws.uniform(count).to(images.device) for low, high in (BLUR, NOISE, QUALITY)
-    )
-    small = _resize(_blur(images.float(), blur * factor, BLUR[1] * factor), factor)
-    # The range is 2, so that the noise is twice what it is in [0, 1].
-    small = small + 2 * noise[:, None, None, None] * draws.normal(*small.shape).to(small)
-    return _jpeg(_round(small), quality)
+    strength = torch.ones(count) if strength is None else strength.cpu()
+    # For each image and round: an order of the steps, six numbers, and noise, of which small images take a part.
+    orders = draws.uniform(count, 2, len(STEPS)).argsort(-1).tolist()
+    numbers = draws.uniform(count, 2, 6).tolist()
+    noise = torch.stack([draws.normal(*images.shape) for _ in range(2)], dim=1).to(images.device)
+    small = tuple(side // factor for side in images.shape[-2:])
+    made = []
+    for index, image in enumerate(images.float().split(1)):
+        for turn in range(2):
+            chain = _Chain(small, turn == 1, float(strength[index]), numbers[index][turn], noise[index, turn])
+            for step in orders[index][turn]:
+                image = getattr(chain, STEPS[step])(image)
+        made.append(_round(image))
+    return torch.cat(made)
+
+
+@dataclass(frozen=True)
+class _Chain:
+    """
+    One round of the realistic chain.
+
+    Args:
+        small: (height, width) at the end of the last round.
+        last: Whether this is the last round.
+        strength: In [0, 1].
+        numbers: Six numbers in [0, 1) that say what the steps do.
+        normal: Normal numbers [C, H, W].
+    """
+
+    small: tuple[int, int]
+    last: bool
+    strength: float
+    numbers: list[float]
+    normal: torch.Tensor
+
+    def blur(self, image: torch.Tensor) -> torch.Tensor:
+        """Gaussian, the same in all directions half of the time."""
+        first, second, turn = self.numbers[0], self.numbers[1], math.pi * self.numbers[2]
+        widest = self.strength * BLUR * image.shape[-2] / self.small[0]
+        sigmas = (widest * first, widest * (first if self.numbers[3] < 0.5 else second))
+        return _blur(image, sigmas, turn)
+
+    def resize(self, image: torch.Tensor) -> torch.Tensor:
+        """At the end to the small size, before to one between the image's and that; by a random kernel."""
+        number = self.numbers[4]
+        kernel = KERNELS[int(number / self.strength * len(KERNELS))] if number < self.strength else "bicubic"
+        share = 1.0 if self.last else self.strength * self.numbers[5]
+        pairs = zip(image.shape[-2:], self.small, strict=True)
+        size = tuple(round(side * (small / side) ** share) for side, small in pairs)
+        if kernel == "area":
+            return F.interpolate(image, size, mode="area")
+        return F.interpolate(image, size, mode=kernel, antialias=True)
+
+    def noise(self, image: torch.Tensor) -> torch.Tensor:
+        """White, or shot noise in its normal approximation; gray half of the time."""
+        height, width = image.shape[-2:]
+        normal = self.normal[:, :height, :width]
+        if self.numbers[2] < 0.5:
+            normal = normal[:1].expand_as(normal)
+        spread = 2 * self.strength * NOISE * self.numbers[1]  # the range is 2, so that it is twice what it is in [0, 1]
+        if self.numbers[3] < 0.5:
+            normal = normal * (image.clamp(-1, 1) / 2 + 0.5).sqrt()
+        return image + spread * normal
+
+    def jpeg(self, image: torch.Tensor) -> torch.Tensor:
+        quality = QUALITY[1] - self.strength * self.numbers[0] * (QUALITY[1] - QUALITY[0])
+        return _jpeg(_round(image), torch.tensor([quality]))
 
 
 def _check_factor(images: torch.Tensor, factor: int) -> None:
@@ -78,19 +151,24 @@ def _round(images: torch.Tensor) -> torch.Tensor:
     return ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
-def _blur(images: torch.Tensor, sigma: torch.Tensor, widest: float) -> torch.Tensor:
-    """Gaussian blur of each image [B, C, H, W] by its own sigma [B], up to `widest`, in pixels; borders mirrored."""
-    count, channels, height, width = images.shape
-    radius = min(math.ceil(4 * widest), height - 1, width - 1)
-    taps = torch.arange(-radius, radius + 1, device=images.device)
-    kernels = torch.exp(-0.5 * (taps / sigma.clamp(min=1e-3)[:, None]).square())
-    kernels = (kernels / kernels.sum(1, keepdim=True)).repeat_interleave(channels, 0)[:, None]
-    flat = F.pad(images, (radius,) * 4, mode="reflect").reshape(
-        1, count * channels, *(s + 2 * radius for s in (height, width))
-    )
-    flat = F.conv2d(flat, kernels[:, :, :, None], groups=count * channels)
-    flat = F.conv2d(flat, kernels[:, :, None, :], groups=count * channels)
-    return flat.reshape(images.shape)
+def _blur(images: torch.Tensor, sigmas: tuple[float, float], turn: float) -> torch.Tensor:
+    """
+    Gaussian blur of images [B, C, H, W], borders mirrored.
+
+    Args:
+        sigmas: Standard deviations along the two axes of the kernel, in pixels.
+        turn: Angle of the first axis from that of the columns towards that of the rows, in radians.
+    """
+    channels, height, width = images.shape[1:]
+    radius = min(math.ceil(4 * max(sigmas)), height - 1, width - 1)
+    if radius == 0:
+        return images
+    taps = torch.arange(-radius, radius + 1, device=images.device, dtype=torch.float32)
+    cosine, sine = math.cos(turn), math.sin(turn)
+    along = taps * cosine + taps[:, None] * sine, taps[:, None] * cosine - taps * sine
+    kernel = torch.exp(-0.5 * sum((axis / max(sigma, 1e-3)).square() for axis, sigma in zip(along, sigmas, strict=True)))
+    kernel = (kernel / kernel.sum()).expand(channels, 1, -1, -1)
+    return F.conv2d(F.pad(images, (radius,) * 4, mode="reflect"), kernel.contiguous(), groups=channels)
 
 
 def _jpeg(images: torch.Tensor, quality: torch.Tensor) -> torch.Tensor:

@@ -76,12 +76,7 @@ class SuperResolutionSettings(TrainingSettings):
     def __post_init__(self):
         super().__post_init__()
         self._check("resolution", len(self.sizes) == 1, "one size")
-        factors = self.scale_factor
-        good = len(factors) > 0 and len(set(factors)) == len(factors) and min(factors, default=0) >= 2
-        self._check("scale_factor", good, "different whole numbers from 2 up")
-        for factor in factors:
-            fits = all(side % factor == 0 for side in self.window)
-            self._check("scale_factor", fits, f"numbers that divide both sides of what is trained on, {self.window}")
+        check_factors(self)
         self._check("ddpm_num_steps", self.ddpm_num_steps >= 2, "2 or more")
         scale = self.residual_scale
         self._check("residual_scale", scale is None or 0 < scale < float("inf"), "a number above 0")
@@ -97,6 +92,16 @@ class SuperResolutionSettings(TrainingSettings):
     def window(self) -> tuple[int, int]:
         """(height, width) of what is trained on."""
         return tuple(min(side, self.patch_size or side) for side in self.sizes[0])
+
+
+def check_factors(settings: TrainingSettings) -> None:
+    """Refuses a `scale_factor` that does not divide the `window` that is trained on."""
+    factors = settings.scale_factor
+    good = len(factors) > 0 and len(set(factors)) == len(factors) and min(factors, default=0) >= 2
+    settings._check("scale_factor", good, "different whole numbers from 2 up")
+    for factor in factors:
+        fits = all(side % factor == 0 for side in settings.window)
+        settings._check("scale_factor", fits, f"numbers that divide both sides of what is trained on, {settings.window}")
 
 
 def build_model(settings: SuperResolutionSettings, channels: int) -> "ResidualSRUNet2DModel":
@@ -331,11 +336,11 @@ def _validation_array(
 
 
 def classes() -> tuple[type, ...]:
-    from pyrdiff.models import ResidualSRUNet2DModel
+    from pyrdiff.models import ResidualSRUNet2DModel, ShuffledSRModel
     from pyrdiff.pipelines import ResidualSRPipeline
     from pyrdiff.schedulers import CosineResidualScheduler
 
-    return CosineResidualScheduler, ResidualSRPipeline, ResidualSRUNet2DModel
+    return CosineResidualScheduler, ResidualSRPipeline, ResidualSRUNet2DModel, ShuffledSRModel
 
 
 METHOD = Method(

@@ -12,10 +12,11 @@ from .distribution import (
 from .features import Classifier, FeatureNetwork, ImageFeatures, open_features, train_classifier
 from .fidelity import consistency, luma, psnr, ssim
 from .loading import load
-from .perceptual import lpips
+from .perceptual import LPIPS, lpips
 from .result import MetricResult, combine
 
 __all__ = [
+    "LPIPS",
     "Classifier",
     "FeatureNetwork",
     "FeatureStatistics",

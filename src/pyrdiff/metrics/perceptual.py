@@ -13,6 +13,48 @@ TRUNKS = {"alex": "alexnet", "squeeze": "squeezenet", "vgg": "vgg16"}
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)  # of RGB in [-1, 1], as LPIPS was trained
 
 
+class LPIPS:
+    """
+    LPIPS version 0.1 as a function with gradients, such as a loss needs (Zhang et al. 2018, eq. 1).
+
+    Args:
+        network: "alex", "squeeze" or "vgg".
+        heads: The linear heads, a tensor [1, C, 1, 1] a layer.
+        state: The weights of the network's convolutions.
+        digest: Of their file.
+    """
+
+    def __init__(self, network: str, heads: list[Tensor], state: dict[str, Tensor], digest: str):
+        self.trunk, self.heads, self.state, self.digest = TRUNKS[network], heads, state, digest
+
+    @classmethod
+    def open(
+        cls,
+        network: Literal["alex", "squeeze", "vgg"] = "alex",
+        weights: str | os.PathLike | None = None,
+        device: str | torch.device = "cpu",
+    ) -> "LPIPS":
+        """With the published weights; arguments and errors as of `lpips`. Files are read once."""
+        if network not in TRUNKS:
+            raise ValueError(f"network={network!r}: expected one of {', '.join(map(repr, TRUNKS))}")
+        heads = lpips_heads(network, device)
+        return cls(network, heads, *open_trunk(TRUNKS[network], weights, device))
+
+    def __call__(self, images: Tensor, originals: Tensor) -> Tensor:
+        """The distance of each pair [B, C, H, W] in [-1, 1], float32 [B]; gradients reach `images` only."""
+        with torch.no_grad():
+            truth = self._taps(originals)
+        layers = zip(self.heads, self._taps(images), truth, strict=True)
+        return sum((head * (a - b).square()).sum(1).mean((1, 2)) for head, a, b in layers)
+
+    def _taps(self, images: Tensor) -> list[Tensor]:
+        """Activations of unit length at each place."""
+        shift, scale = (torch.tensor(v, device=images.device).reshape(1, 3, 1, 1) for v in (SHIFT, SCALE))
+        activations = NETWORKS[self.trunk](self.state, (images.expand(-1, 3, -1, -1) - shift) / scale)
+        activations = [tap.float() for tap in activations]
+        return [tap / (tap.square().sum(1, keepdim=True).sqrt() + 1e-10) for tap in activations]
+
+
 @torch.no_grad()
 def lpips(
     prediction: Tensor,
@@ -52,26 +94,17 @@ def lpips(
             f"prediction with images {list(prediction.shape[-2:])}: expected for network={network!r} sides of "
             f"{SMALLEST[trunk]} or more"
         )
-    heads = lpips_heads(network, prediction.device)
-    state, digest = open_trunk(trunk, weights, prediction.device)
-    shift, scale = (torch.tensor(v, device=prediction.device).reshape(1, 3, 1, 1) for v in (SHIFT, SCALE))
-
-    def taps(images: Tensor) -> list[Tensor]:
-        images = 2 * to_unit(images, data_range, torch.float32).expand(-1, 3, -1, -1) - 1
-        activations = NETWORKS[trunk](state, (images - shift) / scale)
-        return [tap / (tap.square().sum(1, keepdim=True).sqrt() + 1e-10) for tap in activations]
-
+    measure = LPIPS.open(network, weights, prediction.device)
     distances = []
     for pair in zip(prediction.split(batch_size), target.split(batch_size), strict=True):
-        layers = zip(heads, *map(taps, pair), strict=True)
-        distances.append(sum((head * (a - b).square()).sum(1).mean((1, 2)) for head, a, b in layers))
+        distances.append(measure(*(2 * to_unit(images, data_range, torch.float32) - 1 for images in pair)))
     conventions = {
         "channels": "gray, repeated to rgb" if prediction.shape[1] == 1 else "rgb",
         "data_range": list(check_range(data_range)),
         "version": "0.1",
         "network": trunk,
-        "layers": len(heads),
+        "layers": len(measure.heads),
         "resize": None,
-        "weights_sha256": digest,
+        "weights_sha256": measure.digest,
     }
     return mean_of(f"lpips_{network}", torch.cat(distances), conventions)

@@ -12,7 +12,7 @@ from torch import nn
 
 from pyrdiff.parts.batch import check_batch, one_for_each
 from pyrdiff.parts.presets import Presets, unet_arguments
-from pyrdiff.parts.settings import check_choices, check_whole, is_whole
+from pyrdiff.parts.settings import check_choices, check_whole, checked_factors
 from pyrdiff.parts.sources import KeepsSource
 
 PRESETS = {
@@ -147,7 +147,7 @@ class ResidualSRUNet2DModel(KeepsSource, Presets, PeftAdapterMixin, UNet2DModel)
         levels = len(block_out_channels)
         if levels < 2:
             raise ValueError(f"block_out_channels={tuple(block_out_channels)}: expected 2 levels or more")
-        scale_factors = self._checked_factors(scale_factors)
+        scale_factors = checked_factors(scale_factors)
         if in_channels not in (None, image_channels):
             raise ValueError(f"in_channels={in_channels}: expected image_channels={image_channels} or None")
         if out_channels not in (None, image_channels, 2 * image_channels):
@@ -166,16 +166,6 @@ class ResidualSRUNet2DModel(KeepsSource, Presets, PeftAdapterMixin, UNet2DModel)
             # Channels that enter the level above the lowest on the way down, and on the way up.
             places = (block_out_channels[max(levels - 3, 0)], block_out_channels[-1])
             self.injection = LowResInjection(low_res_injection, image_channels, places, halvings=levels - 2)
-
-    @staticmethod
-    def _checked_factors(factors: tuple[int, ...] | None) -> list[int] | None:
-        if factors is None:
-            return None
-        given = list(factors) if isinstance(factors, (list, tuple)) else []
-        whole = all(is_whole(factor) and factor >= 2 for factor in given)
-        if not given or not whole or len(set(given)) < len(given):
-            raise ValueError(f"scale_factors={factors}: expected different whole numbers from 2 up, or None")
-        return given
 
     def _derived_settings(self, levels: int) -> dict:
         """The parent's settings that follow from `attention`, or that this network cannot have otherwise."""

@@ -99,8 +99,10 @@ class SamplingPipeline(StandaloneSaving):
 
     @property
     def _size_multiple(self) -> int:
-        """Sides of a network's sample are multiples of this."""
-        return 2 ** (len(getattr(plain(self.unet).config, "block_out_channels", (1,))) - 1)
+        """Sides of a network's sample are multiples of this; with pixels in cells, of so many cells."""
+        network = plain(self.unet)
+        levels = len(getattr(network.config, "block_out_channels", (1,)))
+        return getattr(network, "CELL", 1) * 2 ** (levels - 1)
 
     def _predict(
         self,
