@@ -266,9 +266,7 @@ class ResidualSRPipeline(SamplingPipeline, DiffusionPipeline):
             return (output.images, output.consistency, output.mean, output.uncertainty)
         return output
 
-    def _network(
-        self, sample: torch.Tensor, level: torch.Tensor, low_res: torch.Tensor, **told: float
-    ) -> torch.Tensor:
+    def _network(self, sample: torch.Tensor, level: torch.Tensor, low_res: torch.Tensor, **told: float) -> torch.Tensor:
         dtype = plain(self.unet).dtype
         return self.unet(sample.to(dtype), level, low_res=low_res.to(dtype), **told, return_dict=False)[0].float()
 
@@ -278,9 +276,8 @@ class ResidualSRPipeline(SamplingPipeline, DiffusionPipeline):
             if value is None:
                 continue
             if not network_takes(self.unet, name):
-                raise ValueError(
-                    f"{name}={value!r}: expected None, since this network takes none, a {type(plain(self.unet)).__name__}"
-                )
+                kind = type(plain(self.unet)).__name__
+                raise ValueError(f"{name}={value!r}: expected None, since the network takes none, a {kind}")
             if not (is_number(value) and 0 <= value <= 1):
                 raise ValueError(f"{name}={value!r}: expected a number in [0, 1]")
         return {name: float(value) for name, value in arguments.items() if value is not None}

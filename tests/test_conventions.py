@@ -288,7 +288,9 @@ def test_group_offloading_gives_the_same_outputs(name, kind, tmp_path, empty_mem
         )
         assert any(parameter.isnan().any() for parameter in network.parameters())
         for ours, theirs in zip(outputs_of(network, arguments), expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)  # where weights lie decides how sums are rounded
+            torch.testing.assert_close(
+                ours, theirs, rtol=0, atol=1e-6
+            )  # where weights lie decides how sums are rounded
 
 
 def test_an_autoencoder_refuses_group_offloading_and_the_others_go_on_without_it(tmp_path):

@@ -8,7 +8,7 @@
 # START: a model to begin with, such as that of another factor.
 set -euo pipefail
 kodak=$1 output=$2 minutes=${3:-60} factor=${4:-4}
-python - "$kodak" "$output/tiles" <<'END'
+[ -d "$output/tiles" ] || python - "$kodak" "$output/tiles" <<'END'
 import sys
 from pathlib import Path
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from pyrdiff.metrics import lpips
+from pyrdiff.metrics import LPIPS, lpips
 from pyrdiff.metrics.trunks import NETWORKS, SMALLEST
 
 UNIT = (0, 1)
@@ -49,6 +49,20 @@ def test_the_distance_is_that_of_unit_vectors(network, trunk, lpips_heads, alexn
     expected = sum((1 - torch.cosine_similarity(x, y, dim=1)).mean() for x, y in taps)
     found = lpips(a, b, data_range=UNIT, network=network, weights=weights)
     assert found.value == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_loss_is_the_measure_with_gradients(lpips_heads, alexnet_file):
+    a, b = random_pair(40)
+    images, originals = (2 * a - 1).requires_grad_(), (2 * b - 1).requires_grad_()
+    measure = LPIPS.open("alex", alexnet_file)
+    distance = measure(images, originals)
+    assert distance.item() == pytest.approx(lpips(a, b, data_range=UNIT, weights=alexnet_file).value, rel=1e-6)
+    distance.sum().backward()
+    assert originals.grad is None
+    step = 1e-2 * images.grad / images.grad.norm()
+    with torch.no_grad():
+        change = (measure(images + step, originals) - measure(images - step, originals)).item()
+    assert change == pytest.approx(2e-2 * images.grad.norm().item(), rel=0.05)
 
 
 def test_gray_is_repeated(lpips_heads, alexnet_file):

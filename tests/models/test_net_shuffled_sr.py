@@ -12,7 +12,9 @@ from pyrdiff.models.net_shuffled_sr import PRESETS
 def network(awake: bool = True, **changes) -> ShuffledSRModel:
     """A small one; awake: with weights where it begins with zeros."""
     torch.manual_seed(0)
-    model = ShuffledSRModel(**{"block_out_channels": (8, 12), "layers_per_block": (1, 1), "embedding_dim": 8, **changes})
+    model = ShuffledSRModel(
+        **{"block_out_channels": (8, 12), "layers_per_block": (1, 1), "embedding_dim": 8, **changes}
+    )
     if awake:
         for name, parameter in model.named_parameters():
             if "condition." in name or "conv_out" in name:

@@ -166,7 +166,9 @@ def _blur(images: torch.Tensor, sigmas: tuple[float, float], turn: float) -> tor
     taps = torch.arange(-radius, radius + 1, device=images.device, dtype=torch.float32)
     cosine, sine = math.cos(turn), math.sin(turn)
     along = taps * cosine + taps[:, None] * sine, taps[:, None] * cosine - taps * sine
-    kernel = torch.exp(-0.5 * sum((axis / max(sigma, 1e-3)).square() for axis, sigma in zip(along, sigmas, strict=True)))
+    kernel = torch.exp(
+        -0.5 * sum((axis / max(sigma, 1e-3)).square() for axis, sigma in zip(along, sigmas, strict=True))
+    )
     kernel = (kernel / kernel.sum()).expand(channels, 1, -1, -1)
     return F.conv2d(F.pad(images, (radius,) * 4, mode="reflect"), kernel.contiguous(), groups=channels)
 

@@ -101,7 +101,9 @@ def check_factors(settings: TrainingSettings) -> None:
     settings._check("scale_factor", good, "different whole numbers from 2 up")
     for factor in factors:
         fits = all(side % factor == 0 for side in settings.window)
-        settings._check("scale_factor", fits, f"numbers that divide both sides of what is trained on, {settings.window}")
+        settings._check(
+            "scale_factor", fits, f"numbers that divide both sides of what is trained on, {settings.window}"
+        )
 
 
 def build_model(settings: SuperResolutionSettings, channels: int) -> "ResidualSRUNet2DModel":

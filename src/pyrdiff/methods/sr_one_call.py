@@ -40,7 +40,7 @@ class OneCallSettings(TrainingSettings):
     adam_weight_decay: float = 0.0
     max_grad_norm: float = 0.5
     ema_max_decay: float = 0.999
-    perceptual_weight: float = 1.0
+    perceptual_weight: float = 0.5
     """Of LPIPS beside the mean absolute error, at the end of the dial where detail counts most."""
     perceptual_network: Literal["alex", "squeeze", "vgg"] = "alex"
     smooth_weight: float = 4.0

@@ -58,6 +58,17 @@ def check_positive(settings: Mapping, *names: str) -> None:
             raise ValueError(f"{name}={settings[name]}: expected a finite number above 0")
 
 
+def checked_factors(factors: Sequence[int] | None) -> list[int] | None:
+    """The setting `scale_factors` as a config keeps it: different whole numbers from 2 up, or None."""
+    if factors is None:
+        return None
+    given = list(factors) if isinstance(factors, (list, tuple)) else []
+    whole = all(is_whole(factor) and factor >= 2 for factor in given)
+    if not given or not whole or len(set(given)) < len(given):
+        raise ValueError(f"scale_factors={factors}: expected different whole numbers from 2 up, or None")
+    return given
+
+
 def did_you_mean(name: object, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest known one, or nothing if none is near."""
     near = get_close_matches(str(name), list(known), n=1, cutoff=0.7)
@@ -1144,8 +1155,10 @@ class SamplingPipeline(StandaloneSaving):
 
     @property
     def _size_multiple(self) -> int:
-        """Sides of a network's sample are multiples of this."""
-        return 2 ** (len(getattr(plain(self.unet).config, "block_out_channels", (1,))) - 1)
+        """Sides of a network's sample are multiples of this; with pixels in cells, of so many cells."""
+        network = plain(self.unet)
+        levels = len(getattr(network.config, "block_out_channels", (1,)))
+        return getattr(network, "CELL", 1) * 2 ** (levels - 1)
 
     def _predict(
         self,
