@@ -59,7 +59,9 @@ class Arm:
         """The output [1, 3, H, W] in [0, 1] as 8 bits have it, and CPU seconds."""
         if self.files is not None:
             file = self.files / name / f"{path.stem}.png"
-            return image_tensor([decode_image(file, 3)])[..., : size[0], : size[1]], self.told(name)["seconds"][path.name]
+            return image_tensor([decode_image(file, 3)])[..., : size[0], : size[1]], self.told(name)["seconds"][
+                path.name
+            ]
         began = time.process_time()
         if self.pipeline is None:
             made = pyrdiff.ResidualSRPipeline.upsample(low, size)
@@ -78,7 +80,9 @@ class Arm:
             return self.told(name).get("megabytes")
         if self.pipeline is None:
             return None
-        return memory.of(lambda: self.pipeline(low, output_type="pt", **self.arguments), torch.device("cpu")).above / 1e6
+        return (
+            memory.of(lambda: self.pipeline(low, output_type="pt", **self.arguments), torch.device("cpu")).above / 1e6
+        )
 
 
 def arms_of(options: argparse.Namespace, realistic: bool) -> list[Arm]:
@@ -137,7 +141,7 @@ def measure(options: argparse.Namespace) -> dict:
 
 
 def row_of(arm: Arm, name: str, pairs: list[tuple[Path, Path]], options: argparse.Namespace) -> dict:
-    each, memories = [], []
+    each = []
     for low_path, high_path in pairs:
         low, high = image_tensor([decode_image(low_path, 3)]), image_tensor([decode_image(high_path, 3)])
         high = cut(high, options.factor)[..., : low.shape[-2] * options.factor, : low.shape[-1] * options.factor]
@@ -170,9 +174,9 @@ def row_of(arm: Arm, name: str, pairs: list[tuple[Path, Path]], options: argpars
 def table(result: dict) -> str:
     factor = result["factor"]
     lines = [
-        f"Photographs x{factor}; means. PSNR and SSIM of luma without {factor} pixels at the border; LPIPS by SqueezeNet "
-        "and AlexNet; ringing as benchmarks/ringing.py has it, in levels of 255; consistency in units of 1e-5; seconds of "
-        f"CPU time; memory beside the model, of other programs of the whole process. {report.caption(result)}",
+        f"Photographs x{factor}; means. PSNR and SSIM of luma without {factor} pixels at the border; LPIPS by "
+        "SqueezeNet and AlexNet; ringing as benchmarks/ringing.py has it, in levels of 255; consistency in units of 1e-5; "
+        "CPU seconds; memory beside the model, of other programs of the whole process. " + report.caption(result),
     ]
     for each in result["sets"]:
         lines += [

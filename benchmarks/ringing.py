@@ -3,7 +3,10 @@
 import torch
 import torch.nn.functional as F
 
-FLAT, EDGE = 12 / 255, 50 / 255  # range of 7 x 7 pixels below which a place is smooth, of 3 x 3 above which it is an edge
+FLAT, EDGE = (
+    12 / 255,
+    50 / 255,
+)  # range of 7 x 7 pixels below which a place is smooth, of 3 x 3 above which it is an edge
 REACH = 12  # pixels from an edge within which a smooth place counts
 FEWEST = 20  # places
 

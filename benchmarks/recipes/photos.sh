@@ -36,3 +36,18 @@ python examples/train_sr_one_call.py --train_data_dir "$output/tiles" --output_d
     --minutes "$minutes" --mixed_precision bf16 --channels_last True --save_images_steps 0 \
     ${PERCEPTUAL_FILE:+--perceptual_file "$PERCEPTUAL_FILE"} ${START:+--init_from "$START"} --license apache-2.0 \
     --data_description "The 24 photographs of the Kodak lossless true color image suite, released for unrestricted use."
+python - "$output" "$factor" <<'END'
+import sys
+from pathlib import Path
+
+import pyrdiff
+import torch
+from pyrdiff import hub
+
+output, factor = Path(sys.argv[1]), sys.argv[2]
+trained, small = output / f"x{factor}" / "pipeline", output / f"photos-x{factor}"
+hub.export(pyrdiff.load(trained, torch_dtype=torch.float16), small, max_shard_size="4MB")
+text = (trained / "README.md").read_text(encoding="utf-8").replace(f"# x{factor}\n", f"# Photographs x{factor}\n", 1)
+(small / "README.md").write_text(text, encoding="utf-8")
+(small / "LICENSE").write_bytes(Path("LICENSE").read_bytes())
+END
