@@ -175,8 +175,8 @@ def table(result: dict) -> str:
     factor = result["factor"]
     lines = [
         f"Photographs x{factor}; means. PSNR and SSIM of luma without {factor} pixels at the border; LPIPS by "
-        "SqueezeNet and AlexNet; ringing as benchmarks/ringing.py has it, in levels of 255; consistency in units of 1e-5; "
-        "CPU seconds; memory beside the model, of other programs of the whole process. " + report.caption(result),
+        "SqueezeNet and AlexNet; ringing as benchmarks/ringing.py has it, in levels of 255; consistency in units of "
+        "1e-5; CPU seconds; memory beside the model, of other programs of the whole process. " + report.caption(result),
     ]
     for each in result["sets"]:
         lines += [
