@@ -73,7 +73,8 @@ def test_commands_and_their_flags_exist(path):
 )
 def test_flags_of_the_training_pages_exist(page, begin, end, method):
     text = (ROOT / "docs" / page).read_text(encoding="utf-8")
-    flags = set(re.findall(r"`[^`]*?--([a-z_0-9]+)", text[text.index(begin) : text.index(end) if end else None])) - EVERYWHERE
+    part = text[text.index(begin) : text.index(end) if end else None]
+    flags = set(re.findall(r"`[^`]*?--([a-z_0-9]+)", part)) - EVERYWHERE
     assert flags and flags <= set(find(method).settings.__dataclass_fields__)
 
 
