@@ -1,7 +1,6 @@
 """The served page against clients that are no browser of its user: what they say, and where they think they are."""
 
 import json
-import os
 import socket
 import urllib.error
 import urllib.parse
@@ -15,6 +14,7 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 from pyrdiff import CoordinateUNet2DModel, GuidedSRPipeline, PyramidalPipeline
+from pyrdiff.web.models import Models
 from pyrdiff.web.session import Session
 
 if find_spec("gradio") is None:
@@ -65,7 +65,7 @@ def client(place):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
         patch.setenv("GRADIO_TEMP_DIR", str(place / "deep" / "temp"))
-        from pyrdiff.web import page
+        from pyrdiff.web import page, server
 
         torch.manual_seed(0)
         unet = CoordinateUNet2DModel(
@@ -73,33 +73,44 @@ def client(place):
             down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
         )  # fmt: skip
         scheduler = DDPMScheduler()
-        blocks = page.build(Session(PyramidalPipeline(unet, scheduler), GuidedSRPipeline(unet, scheduler)))
+        session = Session(PyramidalPipeline(unet, scheduler), GuidedSRPipeline(unet, scheduler))
+        blocks = page.build(Models.of(session))
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        options = page.options()
+        options = server.options()
         _, url, _ = blocks.launch(server_name="127.0.0.1", server_port=port, prevent_thread_lock=True, **options)
         yield Client(url)
         blocks.close()
 
 
-def upscale_function(client: Client) -> tuple[int, list[int]]:
-    """The number of the page's function that enlarges, and of its inputs."""
+def upscale_function(client: Client) -> tuple[int, dict[str, int]]:
+    """The number of the page's function that enlarges, and its inputs: {label: place}."""
     config = json.loads(client.ask("config")[1])
-    labels = {part["id"]: part["props"].get("value") for part in config["components"]}
-    return next(
-        (it["id"], it["inputs"]) for it in config["dependencies"] if labels.get(it["targets"][0][0]) == "Enlarge"
-    )
+    parts = {part["id"]: part["props"] for part in config["components"]}
+    for function in config["dependencies"]:
+        if parts.get(function["targets"][0][0], {}).get("value") == "Enlarge":
+            return function["id"], {parts[each].get("label"): at for at, each in enumerate(function["inputs"])}
+    raise AssertionError("no function enlarges")
+
+
+def enlarge(client: Client, session: str, file: dict) -> str:
+    """What the server says when this file is to be enlarged."""
+    number, places = upscale_function(client)
+    fields = {"Picture, up to 64 MB": file, "Scale factor": 2, "Tile size": 64, "Seed": 0, "Lock": True, "Plan": ""}
+    data = [None] * len(places)
+    for label, value in {**fields, "refine_steps": 2}.items():
+        data[places[label]] = value
+    return client.call(number, session, data)
 
 
 def test_what_a_client_says_does_not_become_a_path(client, place):
     picture = place / "deep" / "mine.png"
     Image.new("RGB", (4, 4), "red").save(picture)
-    number, inputs = upscale_function(client)
     uploaded = {"path": client.upload(picture), "meta": {"_type": "gradio.FileData"}}
     before = {path for path in place.rglob("*") if not path.is_relative_to(place / "deep" / "temp")}
     for session in ("plain", *OUTSIDE):
-        said = client.call(number, session, [uploaded, 2, 64, 0, "", 2, *[None] * (len(inputs) - 6)])
+        said = enlarge(client, session, uploaded)
         assert session != "plain" or "_8x8.png" in said, said
     saved = [path.relative_to(place / "deep" / "temp") for path in place.rglob("*_8x8.png")]
     assert len({path.parts[0] for path in saved if path.parts[0].startswith("results-")}) > 3
@@ -108,10 +119,9 @@ def test_what_a_client_says_does_not_become_a_path(client, place):
 
 def test_files_of_the_server_are_not_read(client, place):
     (place / "secret.png").write_bytes(b"secret")
-    number, inputs = upscale_function(client)
     for path in (str(place / "secret.png"), "/etc/passwd", "../secret.png"):
         file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        said = client.call(number, "other", [file, 2, 64, 0, "", 2, *[None] * (len(inputs) - 6)])
+        said = enlarge(client, "other", file)
         assert "_8x8.png" not in said and "root:" not in said
         assert client.ask(f"gradio_api/file={urllib.parse.quote(path)}")[0] in (403, 404)
 
@@ -143,16 +153,14 @@ def test_the_page_answers_to_its_own_names_only(client):
     ],
 )  # fmt: skip
 def test_names_of_a_server(bound, known, unknown):
-    from pyrdiff.web.page import _OwnNames
+    from pyrdiff.web.server import _OwnNames
 
     names = _OwnNames(None, bound)
     assert all(map(names.knows, known)) and not [host for host in unknown if names.knows(host)]
 
 
-def test_results_are_named_within_what_a_file_system_takes(tmp_path, monkeypatch):
-    from pyrdiff.web.page import _save
-
-    monkeypatch.setitem(os.environ, "GRADIO_TEMP_DIR", str(tmp_path / "temp"))
-    path = Path(_save(Image.new("L", (3, 2)), "owner", f"/somewhere/{'漢' * 80}.jpg"))
-    assert path.is_file() and path.name == "漢" * 50 + "_3x2.png"
-    assert Path(_save(Image.new("L", (3, 2)), "other", "a.png")).parent != path.parent
+def test_the_page_may_load_from_itself_alone(client):
+    with urllib.request.urlopen(client.url, timeout=120) as answer:
+        policy, text = answer.headers["content-security-policy"], answer.read().decode()
+    assert "default-src 'self'" in policy and "http" not in policy
+    assert "fonts.googleapis" not in text.split("<body")[1]

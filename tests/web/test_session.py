@@ -26,9 +26,9 @@ from pyrdiff import (
     ScaleAutoencoder,
 )
 from pyrdiff.web import run as running
-from pyrdiff.web.events import Busy, Cancelled, Level, Progress, Result
+from pyrdiff.web.events import Busy, Cancelled, Level, Progress, Result, Waiting
+from pyrdiff.web.line import LONGEST
 from pyrdiff.web.session import STATES, Session
-from pyrdiff.web.steering import class_names, is_guided
 
 PLANS = {"fast": {"num_inference_steps": 2, "refine_steps": [2]}, "long": {"num_inference_steps": 4, "refine_steps": 3}}
 
@@ -195,7 +195,8 @@ def test_costs_are_those_of_the_plan(each_call):
     assert result.calls == plan.network_calls == 7 and result.nfe_eq == pytest.approx(plan.nfe_eq)
     assert [level.calls for level in levels] == [4, 3]
     assert [level.nfe_eq for level in levels] == [level.nfe_eq for level in plan.levels]
-    assert 0 < levels[0].seconds < levels[1].seconds <= result.seconds
+    assert all(level.seconds > 0 for level in levels)
+    assert sum(level.seconds for level in levels) <= result.seconds  # each level's own, not from the start
     fractions = [each.fraction for each in progress]
     assert fractions == sorted(fractions) and fractions[-1] == 1.0 and progress[-1].steps == 7
 
@@ -376,13 +377,13 @@ def test_what_would_become_too_large(picture):
 
 
 @pytest.mark.parametrize("arguments, said", [
-    ({"count": 0}, "Number of images: got 0; expected a whole number from 1 to 16."),
-    ({"count": 17}, "Number of images: got 17"),
-    ({"count": None}, "Number of images: got None"),
-    ({"seed": -1}, "Seed: got -1; expected a whole number from 0 up"),
+    ({"count": 0}, "Images: got 0; expected a whole number from 1 to 16."),
+    ({"count": 17}, "Images: got 17"),
+    ({"count": None}, "Images: nothing is entered; expected a whole number from 1 to 16."),
+    ({"seed": -1}, "Seed: got -1; expected a whole number from 0 to"),
     ({"seed": 2**63}, "Seed: got"),
-    ({"seed": None}, "Seed: got None"),
-    ({"steps": {"num_inference_steps": 0}}, "num_inference_steps: got 0; expected a whole number from 1 up."),
+    ({"seed": None}, "Seed: nothing is entered"),
+    ({"steps": {"num_inference_steps": 0}}, "num_inference_steps: got 0; expected a whole number from 1 to 10000."),
     ({"steps": {"num_inference_steps": 1000}}, "num_inference_steps=1000: expected at most 100"),
     ({"plan": "unknown"}, "plan='unknown'"),
 ])  # fmt: skip
@@ -457,22 +458,48 @@ def test_cancel_stops_within_one_tile(picture):
     assert events(session.enlarge(picture, 1, 8, steps={"refine_steps": 2}))[2]
 
 
-def test_a_second_run_is_refused_while_one_runs():
+def test_visitors_wait_in_the_order_in_which_they_came():
     session = pyramid()
-    running = session.generate(1, 0, steps={"num_inference_steps": 50}, owner="one")
-    with pytest.raises(Busy, match="The model is at work"):
-        session.generate(1, 0, "fast", owner="two")
-    session.cancel("one")
+    other_model = Session(pyramid().pipeline, line=session.line)  # another model on the same machine
+    gate = Gate(session.pipeline.unet)
+    first = session.generate(1, 0, "long", owner="one")
+    gate.wait()
+    second = session.generate(1, 0, "fast", owner="two")
+    third = other_model.generate(1, 0, "fast", owner="three")
+    assert next(second) == Waiting(1) and next(third) == Waiting(2)
+    assert not session.cancel("four") and session.cancel("two")
     with pytest.raises(Cancelled):
-        list(running)
-    assert events(session.generate(1, 0, "fast", owner="two"))[2]
+        list(second)
+    assert next(third) == Waiting(1)  # one the less before it
+    calls = gate.calls
+    gate.open()
+    waited = events(third)
+    assert len(waited[2]) == 1 and gate.calls > calls, "the third began once the first was done"
+    assert len(events(first)[2]) == 1
+    assert not session.line._runs
+
+
+def test_a_line_has_an_end():
+    session = pyramid()
+    gate = Gate(session.pipeline.unet)
+    running = [session.generate(1, 0, "fast", owner=str(number)) for number in range(LONGEST)]
+    gate.wait()
+    with pytest.raises(Busy, match="32 runs are waiting already"):
+        session.generate(1, 0, "fast", owner="late")
+    for number in range(LONGEST):
+        session.cancel(str(number))
+    gate.open()
+    for each in running:
+        with pytest.raises(Cancelled):
+            list(each)
+    assert gate.calls == 3 and len(events(session.generate(1, 0, "fast"))[2]) == 1
 
 
 def test_when_nobody_listens_the_work_ends():
     session = pyramid()
     gate = Gate(session.pipeline.unet)
     running = session.generate(1, 0, steps={"num_inference_steps": 100})
-    work = session._run.events
+    work = session.line._runs[0].events
     next(running)
     gate.wait()
     running.close()
@@ -490,52 +517,3 @@ def test_an_error_in_the_network_is_passed_on():
         list(session.generate(1, 0, "fast"))
     session.pipeline.unet._forward_pre_hooks.clear()
     assert events(session.generate(1, 0, "fast"))[2]
-
-
-# Classes and guidance.
-
-
-def with_classes() -> Session:
-    torch.manual_seed(0)
-    unet = CoordinateUNet2DModel(
-        resolutions=(6, 8), block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "UpBlock2D"),
-        class_names=("cat", "dog"),
-    )  # fmt: skip
-    torch.nn.init.normal_(unet.class_embedding.weight, std=3.0)
-    return Session(PyramidalPipeline(unet, DDPMScheduler(100), plans=PLANS))
-
-
-def test_classes_and_guidance_are_those_of_the_call():
-    session = with_classes()
-    assert class_names(session.pipeline) == ["cat", "dog"] and is_guided(session.pipeline)
-    *events, result = session.generate(3, 5, "fast", classes=["dog", "cat"], guidance=2.5)
-    generators = [torch.Generator().manual_seed(seed) for seed in (5, 6, 7)]
-    said = dict(classes=["dog", "cat", "dog"], guidance_scale=2.5)
-    expected = session.pipeline(3, plan="fast", generator=generators, **said).images
-    assert [np.array_equal(*map(np.asarray, pair)) for pair in zip(result.images, expected, strict=True)] == [True] * 3
-    levels = [event for event in events if isinstance(event, Level)]
-    planned = session.pipeline.plan(plan="fast", guidance_scale=2.5).levels
-    assert [level.nfe_eq for level in levels] == [level.nfe_eq for level in planned]
-    assert sum(level.calls for level in levels) == result.calls  # both passes of a guided step are one batch
-    *_, plain = session.generate(3, 5, "fast")
-    assert not np.array_equal(np.asarray(plain.images[0]), np.asarray(result.images[0]))
-
-
-def test_models_without_classes_are_told_nothing():
-    for session in (pyramid(), pixel_aware(), enlarger()):
-        assert class_names(session.pipeline) == [] and not is_guided(session.pipeline)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ({"classes": ["bird"]}, "Classes: got 'bird'; expected some of cat, dog."),
-        ({"guidance": 2.0}, "Guidance: choose classes first"),
-        ({"classes": ["cat"], "guidance": 9.0}, "Guidance: got 9.0; expected a number from 0 to 5."),
-        ({"classes": ["cat"], "guidance": None}, "Guidance: got None"),
-    ],
-)
-def test_classes_and_guidance_that_a_model_cannot_follow(arguments, said):
-    with pytest.raises(ValueError, match=said):
-        list(with_classes().generate(1, 0, "fast", **arguments))

@@ -1,5 +1,6 @@
 """
-Open a page in the browser that drives a model: generate level by level, enlarge pictures, compare plans.
+Open a page in the browser that drives a model: generate level by level, enlarge pictures, compare plans. The models
+that come with pyrdiff can be chosen there, too.
 
 Example: pyrdiff demo runs/mine/pipeline --open_browser
 
@@ -65,20 +66,22 @@ def _serve(settings: DemoSettings, port: int) -> dict:
         import gradio  # noqa: F401
     except ImportError as error:
         raise ImportError(f"pyrdiff demo needs gradio: pip install 'pyrdiff[demo]' ({error})") from error
-    from pyrdiff.web import page
-    from pyrdiff.web.session import Session
+    print(f"loading {settings.model}", flush=True)
+    from pyrdiff.web import page, server
+    from pyrdiff.web.models import Models
 
-    session = Session.open(settings.model, settings.revision, settings.device, settings.max_megapixels)
+    models = Models.beside_bundled(settings.model, settings.revision, settings.device, settings.max_megapixels)
+    session = models.session()
     print(f"{session.name}: {session.description()}")
     if not _is_loopback(settings.host):
         print(f"warning: --host {settings.host}: whoever reaches this address can use the page", file=sys.stderr)
-    blocks = page.build(session)
+    blocks = page.build(models)
     _, url, _ = blocks.launch(
         server_name=settings.host,
         server_port=port,
         inbrowser=settings.open_browser,
         prevent_thread_lock=True,
-        **page.options(settings.host),
+        **server.options(settings.host),
     )
     print(f"open {url} (Ctrl-C ends it)", flush=True)
     try:

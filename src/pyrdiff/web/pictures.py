@@ -55,6 +55,16 @@ def read_picture(path: str | None, channels: int, max_pixels: int) -> tuple[Imag
     return image, notes
 
 
+def view(image: Image.Image, side: int) -> Image.Image:
+    """An image for the screen: a small one enlarged by whole pixels, a large one made smaller, `side` at most."""
+    longest = max(image.size)
+    if longest > side:
+        size = tuple(max(round(length * side / longest), 1) for length in image.size)
+        return image.resize(size, Image.Resampling.BOX)
+    times = max(side // longest, 1)
+    return image.resize((image.width * times, image.height * times), Image.Resampling.NEAREST)
+
+
 def _opaque(picture: Picture, notes: list[str]) -> Image.Image:
     if picture.alpha is None:
         return picture.color

@@ -13,6 +13,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 
 from .events import Cancelled, Progress, Result
+from .pace import Pace
 
 SECONDS_BETWEEN = 0.1  # reports of progress
 
@@ -23,15 +24,29 @@ class Run:
 
     Args:
         owner: Who started it, and may cancel it.
+        pace: Is told how long the network calls took.
     """
 
-    def __init__(self, owner: str):
+    def __init__(self, owner: str, pace: Pace | None = None):
         self.owner, self.cancelled, self.events = owner, threading.Event(), queue.SimpleQueue()
+        self.turn, self.ahead = threading.Event(), 0  # it may begin; runs before it in the line
+        self.pace = Pace() if pace is None else pace
         self.task = ""  # what is running, where there is more than one thing
         self.areas: list[int] = []  # images times pixels of each network call of the last `call`
         self.began = 0.0
 
-    def call(self, pipeline: DiffusionPipeline, arguments: dict, on_step: Callable | None = None) -> BaseOutput | tuple:
+    def cancel(self) -> None:
+        """The run stops before its next network call, or does not begin."""
+        self.cancelled.set()
+        self.turn.set()
+
+    def call(
+        self,
+        pipeline: DiffusionPipeline,
+        arguments: dict,
+        on_step: Callable | None = None,
+        costs: list[float] | None = None,
+    ) -> BaseOutput | tuple:
         """
         The output of `pipeline(**arguments)`. Its network calls are counted and progress is reported. Once the run is
         cancelled the next network call does not take place: `Cancelled` is raised instead.
@@ -40,9 +55,10 @@ class Run:
             pipeline: Any of diffusers.
             arguments: Of its call.
             on_step: Called as f(steps done, tensors) after each step, where the pipeline has callbacks.
+            costs: What each step costs beside the others, for the progress.
         """
         self.areas, self.began = [], time.perf_counter()
-        watch = _Watch(self, pipeline, on_step)
+        watch = _Watch(self, pipeline, on_step, costs)
         if "callback_on_step_end" in parameters(pipeline):
             arguments = {**arguments, "callback_on_step_end": watch.after_step}
         hooks = [
@@ -51,6 +67,7 @@ class Run:
         try:
             self.check()
             output = pipeline(**arguments)
+            watch.call_ends()
             self.check()
             return output
         finally:
@@ -76,20 +93,28 @@ class Run:
 class _Watch:
     """Counts the network calls and the steps of one call of a pipeline."""
 
-    def __init__(self, run: Run, pipeline: DiffusionPipeline, on_step: Callable | None):
-        self.run, self.pipeline, self.on_step = run, pipeline, on_step
+    def __init__(self, run: Run, pipeline: DiffusionPipeline, on_step: Callable | None, costs: list[float] | None):
+        self.run, self.pipeline, self.on_step, self.costs = run, pipeline, on_step, costs
         self.step = 0
         self.before_step = 0  # network calls until this step
         self.windows = 0  # network calls of the step before
         self.reported = 0.0
+        self.call_began: float | None = None
 
     def before_network(self, module: torch.nn.Module, given: tuple, named: dict) -> None:
         self.run.check()
         values = (*given, *named.values())
         sample = next((value for value in values if isinstance(value, torch.Tensor) and value.ndim == 4), None)
         if sample is not None:  # no image, no step: the encoder of a prompt
+            self.call_ends()
             self.run.areas.append(len(sample) * math.prod(sample.shape[-2:]))
+            self.call_began = time.perf_counter()
             self.report()
+
+    def call_ends(self) -> None:
+        """A network call, with what follows it up to the next one, is over. The first one of a run warms up."""
+        if self.call_began is not None and len(self.run.areas) > 1:
+            self.run.pace.observe(self.run.areas[-1], time.perf_counter() - self.call_began)
 
     def after_step(self, pipeline: DiffusionPipeline, index: int, timestep: float, tensors: dict) -> dict:
         self.run.check()
@@ -107,8 +132,8 @@ class _Watch:
             return
         self.reported, calls = now, len(run.areas)
         steps = getattr(self.pipeline, "num_timesteps", None)
-        window = calls - self.before_step
-        run.events.put(Progress(run.task, calls, self.step, steps, window, self.windows, now - run.began))
+        window, seconds = calls - self.before_step, now - run.began
+        run.events.put(Progress(run.task, calls, self.step, steps, window, self.windows, seconds, self.costs))
 
 
 def parameters(pipeline: DiffusionPipeline | None) -> dict[str, inspect.Parameter]:
