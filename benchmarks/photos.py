@@ -5,6 +5,7 @@ two networks, ringing (ringing.py), consistency, CPU seconds a megapixel and mem
     python benchmarks/photos.py inputs --high PHOTOS --output set/low --factor 4 --degradation realistic
     python benchmarks/photos.py measure --sets "Set5=LOW,HIGH" --models "one call=photos-x4" --details 0 0.5 1 \
         --files "another program=FOLDER" --output result.json
+    python benchmarks/photos.py card --result result.json --output photos-x4/README.md
 
 FOLDER has a folder of enlarged files a set, of its name, with the names of the inputs, and in seconds.json what they
 took: {set: {"seconds": {file: CPU seconds}, "megabytes": peak of the process}}.
@@ -197,6 +198,15 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def fill_card(options: argparse.Namespace) -> None:
+    """Puts the tables of a result into a model's card."""
+    result, card = json.loads(Path(options.result).read_text(encoding="utf-8")), Path(options.output)
+    text = card.read_text(encoding="utf-8")
+    before, begin, rest = text.partition("<!-- measured -->\n")
+    _, end, after = rest.partition("<!-- end of measured -->")
+    card.write_text(f"{before}{begin}{table(result)}\n{end}{after}", encoding="utf-8")
+
+
 def named(text: str) -> tuple[str, str]:
     name, sign, place = text.partition("=")
     if not sign:
@@ -207,10 +217,12 @@ def named(text: str) -> tuple[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    inputs, measuring = commands.add_parser("inputs"), commands.add_parser("measure")
+    inputs, measuring, card = (commands.add_parser(name) for name in ("inputs", "measure", "card"))
+    card.add_argument("--result", required=True, help="JSON of measure")
+    for each in (inputs, measuring, card):
+        each.add_argument("--output", required=True)
     for each in (inputs, measuring):
         each.add_argument("--factor", type=int, default=4)
-        each.add_argument("--output", required=True)
     inputs.add_argument("--high", required=True, help="folder of originals")
     inputs.add_argument("--degradation", choices=("bicubic", "realistic"), default="realistic")
     inputs.add_argument("--strength", type=float, default=0.7)
@@ -228,6 +240,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.command == "inputs":
         make_inputs(options)
+    elif options.command == "card":
+        fill_card(options)
     else:
         report.save(measure(options), options.output)
 

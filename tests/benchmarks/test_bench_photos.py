@@ -97,3 +97,8 @@ def test_every_arm_has_a_row(folder, monkeypatch):
     assert rows["ours, detail 0"]["psnr_y"] == pytest.approx(bicubic["psnr_y"], abs=0.01), "it has learnt nothing yet"
     assert len(list((folder / "pictures").rglob("*.png"))) == 12
     assert photos.table(result).count("\n|") == 8
+    card = folder / "model" / "README.md"
+    before = card.read_text()
+    run(monkeypatch, "card", "--result", folder / "result.json", "--output", card)
+    assert "| ours, detail 1 |" in card.read_text() and "Not measured" not in card.read_text()
+    assert card.read_text().split("## Training")[1] == before.split("## Training")[1]
