@@ -76,14 +76,12 @@ class Arm:
         return json.loads((self.files / "seconds.json").read_text())[name]
 
     def megabytes(self, low: torch.Tensor, name: str) -> float | None:
-        """Above what the process has with the model loaded; of a program its own word for the whole process."""
+        """At the peak of the whole process; of a program its own word."""
         if self.files is not None:
             return self.told(name).get("megabytes")
         if self.pipeline is None:
             return None
-        return (
-            memory.of(lambda: self.pipeline(low, output_type="pt", **self.arguments), torch.device("cpu")).above / 1e6
-        )
+        return memory.of(lambda: self.pipeline(low, output_type="pt", **self.arguments), torch.device("cpu")).peak / 1e6
 
 
 def arms_of(options: argparse.Namespace, realistic: bool) -> list[Arm]:
@@ -177,7 +175,7 @@ def table(result: dict) -> str:
     lines = [
         f"Photographs x{factor}; means. PSNR and SSIM of luma without {factor} pixels at the border; LPIPS by "
         "SqueezeNet and AlexNet; ringing as benchmarks/ringing.py has it, in levels of 255; consistency in units of "
-        "1e-5; CPU seconds; memory beside the model, of other programs of the whole process. " + report.caption(result),
+        "1e-5; CPU seconds; memory at the peak of the whole process, for the first image. " + report.caption(result),
     ]
     for each in result["sets"]:
         lines += [

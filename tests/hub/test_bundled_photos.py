@@ -1,5 +1,7 @@
 """The photo models that come with the package."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,14 @@ import pyrdiff
 from pyrdiff.metrics import psnr
 
 FACTORS = {"photos-x2": 2, "photos-x4": 4}
+
+
+@pytest.fixture
+def shared() -> Path:
+    folder = Path(__file__).parents[3] / "shared"
+    if not (folder / "data" / "Set5").is_dir():
+        pytest.skip(f"needs {folder}")
+    return folder
 
 
 def quiet(name: str):
