@@ -27,7 +27,7 @@ from pyrdiff.parts.estimates import CleanEstimate, prediction_type, signal_and_n
 from pyrdiff.parts.images import ImageInput, read_images
 from pyrdiff.parts.levels import nfe_eq, padded_grid, per_level
 from pyrdiff.parts.noise import white_noise
-from pyrdiff.parts.noise_windows import check_noise
+from pyrdiff.parts.noise_windows import check_level_calls, check_noise
 from pyrdiff.parts.operators import Operator, Sides, build_operator, project_onto
 from pyrdiff.parts.sampling import SamplingPipeline
 from pyrdiff.parts.steps import LevelSteps, check_start_above_zero, lay_out_steps
@@ -384,8 +384,13 @@ class GuidedSRPipeline(SamplingPipeline, DiffusionPipeline):
             levels.append(lay_out_steps(scheduler, count, strength, spacing, "refine_steps"))
             if spacing == "scheduler":
                 check_start_above_zero(levels[-1], "refine_steps", count)
-        starts = [(size, level.times[0]) for size, level in zip(sizes, levels, strict=True)]
-        check_noise(plain(self.unet).config, scheduler.config.num_train_timesteps, starts)
+        config, called = (
+            plain(self.unet).config,
+            [(size, level.times) for size, level in zip(sizes, levels, strict=True)],
+        )
+        starts = [(size, times[0]) for size, times in called]
+        check_noise(config, scheduler.config.num_train_timesteps, starts)
+        check_level_calls(config, called, plans=())
         return levels
 
     @staticmethod

@@ -23,8 +23,8 @@ from pyrdiff.parts.guidance import check_guidance, check_guide, check_guided, gu
 from pyrdiff.parts.labels import count_images
 from pyrdiff.parts.levels import check_growing, nfe_eq, per_level, pixel_grid, rounded_up
 from pyrdiff.parts.noise import white_noise
-from pyrdiff.parts.noise_windows import check_noise
-from pyrdiff.parts.plans import check_not_beside_plan, plan_scheduler, read_plan
+from pyrdiff.parts.noise_windows import check_level_calls, check_noise
+from pyrdiff.parts.plans import check_not_beside_plan, given, plan_scheduler, read_plan
 from pyrdiff.parts.sampling import SamplingPipeline
 from pyrdiff.parts.settings import is_whole
 from pyrdiff.parts.steps import LevelSteps, Spacing, check_start_above_zero, lay_out_steps
@@ -244,7 +244,8 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
                 themselves, one descending list a level.
             plan: A plan of the pipeline by its name (`pipeline.config.plans`), or one as a dict, in place of the
                 arguments above but `box`, which are then left at their defaults. It may set the guidance; where it does
-                not, guidance may be given beside it.
+                not, guidance may be given beside it. A distilled network, which knows few calls, takes its first plan
+                where no steps are said.
             generator: One generator, or one an image: image k then does not depend on the others.
             output_type: "pil", "np" and "pt" in [0, 1], or "latent" in [-1, 1].
             return_levels: Whether to return the images of every level.
@@ -395,14 +396,18 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
             raise ValueError(f"start_strength={strength}: expected 1.0, since this pipeline carries no `colors`")
 
     def _check_noise(self, stages: list[PyramidalStage], box: Sequence[float] = (0.0, 0.0, 1.0, 1.0)) -> None:
-        """Refuses more noise than the network is trained for at a level's size."""
-        starts = [(stage.size, stage.steps.times[0]) for stage in stages]
-        check_noise(plain(self.unet).config, self.scheduler.config.num_train_timesteps, starts, box)
+        """Refuses more noise than the network is trained for at a level's size, or other times than it knows."""
+        config, levels = plain(self.unet).config, [(stage.size, stage.steps.times) for stage in stages]
+        starts = [(size, times[0]) for size, times in levels]
+        check_noise(config, self.scheduler.config.num_train_timesteps, starts, box)
+        check_level_calls(config, levels, self.config.plans or (), box)
 
     def _choose(
         self, plan: str | dict | None, arguments: PyramidalArguments
     ) -> tuple[PyramidalArguments, tuple[SchedulerMixin, SchedulerMixin]]:
         """The arguments of the plan, or those given; and the schedulers of the lowest level and of those above."""
+        if plan is None and plain(self.unet).config.get("jumps") and not set(given(arguments)) - {*self.BESIDE_PLANS}:
+            plan = next(iter(self.config.plans or ()), None)
         if plan is None:
             return arguments, (self.scheduler, self.refine_scheduler or self.scheduler)
         named = read_plan(plan, self.config.plans, self.PLAN_ARGUMENTS, ("scheduler", "refine_scheduler"))

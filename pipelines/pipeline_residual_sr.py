@@ -27,6 +27,7 @@ from pyrdiff.parts.checks import (
 )
 from pyrdiff.parts.estimates import CleanEstimate, prediction_type, signal_and_noise, unclipped
 from pyrdiff.parts.images import read_images
+from pyrdiff.parts.jumps import check_calls
 from pyrdiff.parts.noise import white_noise
 from pyrdiff.parts.operators import SeparableOperator, project_onto
 from pyrdiff.parts.plans import check_not_beside_plan, given, plan_scheduler, read_plan
@@ -373,6 +374,7 @@ class ResidualSRPipeline(SamplingPipeline, DiffusionPipeline):
         steps = lay_out_steps(scheduler, calls, arguments.strength, spacing, "num_inference_steps")
         if scheduler.config.num_train_timesteps > 1:
             check_start_above_zero(steps, "num_inference_steps", calls)
+        check_calls(plain(self.unet).config, steps.times, self.config.plans or ())
         return steps, arguments
 
     @staticmethod

@@ -21,6 +21,7 @@ EXIT_DIVERGED = 3
 
 COMMANDS = {
     "train": "Train a model on a folder of images: pyrdiff train METHOD.",
+    "distill": "Make a trained model draw, or enlarge, in one or two calls: pyrdiff distill MODEL.",
     "sample": "Generate images with a model.",
     "upscale": "Enlarge a picture, or a folder of pictures.",
     "evaluate": "Measure generated or enlarged images.",

@@ -116,13 +116,14 @@ def test_help_is_in_groups_with_an_example_and_a_line_for_each_flag(command, cap
     assert not stopped.value.code and f"Example: pyrdiff {command}" in said
     titles = re.findall(r"(?<=\W) (\w+) options \W", said)
     assert len(set(titles)) == len(titles) and set(titles) <= set(arguments.GROUPS)
-    assert "method" not in titles or command.startswith("train "), "flags of commands are in groups by what they do"
+    trains = command.startswith(("train ", "distill"))
+    assert "method" not in titles or trains, "flags of commands are in groups by what they do"
     texts = arguments._texts(settings)
     for field in fields(settings):
         flag = arguments.flag_of(field.name)
         label = arguments.POSITIONAL.get(field.name, f"--{flag} ")
         assert label in said, flag
-        assert texts.get(field.name) or command.startswith("train "), f"--{flag} says what it is"
+        assert texts.get(field.name) or trains, f"--{flag} says what it is"
         if flag in arguments.SHORT:
             assert f"{arguments.SHORT[flag]} " in said
     assert not {f"--{old}" for old in arguments.RENAMED} & set(said.split()) and "{None}" not in said

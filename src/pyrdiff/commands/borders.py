@@ -10,6 +10,7 @@ OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memo
 LONG = {short: f"--{name}" for name, short in SHORT.items()}
 SMALLER = {  # by command, what makes it need less memory
     "train": "a smaller --train_batch_size or --patch_size",
+    "distill": "a smaller --train_batch_size",
     "sample": "a smaller --batch_size",
     "upscale": "--tile, or a smaller one",
     "evaluate": "a smaller --batch_size",

@@ -117,7 +117,7 @@ def adopt(
         raise ValueError(f"block_out_channels={tuple(config['block_out_channels'])}; expected none beside it, or these")
     own = inspect.signature(CoordinateUNet2DModel.__init__).parameters
     taken = {name: config[name] for name in own if name in config}
-    for name in ("in_channels", "sample_size", "num_class_embeds"):
+    for name in ("in_channels", "sample_size", "num_class_embeds", "jumps"):
         taken.pop(name, None)
     given = {"image_channels": channels, "class_names": class_names, **_of_the_data(settings)}
     network = CoordinateUNet2DModel(**{**taken, **given})

@@ -6,6 +6,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 
+from pyrdiff.parts.jumps import check_jumps
 from pyrdiff.parts.presets import Presets, unet_arguments
 from pyrdiff.parts.sources import KeepsSource
 
@@ -71,6 +72,8 @@ class CoordinateUNet2DModel(KeepsSource, Presets, PeftAdapterMixin, UNet2DModel)
         out_channels: By default `image_channels`.
         class_names: Of the classes that `class_labels` stand for, by their place. One label more than there are classes
             stands for none of them, and is what the network is told where it is not told a class.
+        jumps: Of a distilled network the only times that it is called at above the lowest of its `resolutions`,
+            descending. From each it jumps to a clean image. None for all times.
 
     All other arguments are those of `UNet2DModel`. Height and width of a sample must be multiples of
     2 ** (len(block_out_channels) - 1).
@@ -118,6 +121,7 @@ class CoordinateUNet2DModel(KeepsSource, Presets, PeftAdapterMixin, UNet2DModel)
         num_train_timesteps: int | None = None,
         noise_window: float = 1.0,
         class_names: tuple[str, ...] | None = None,
+        jumps: tuple[int, ...] | None = None,
     ):
         if image_channels < 1:
             raise ValueError(f"image_channels={image_channels}: expected 1 or more")
@@ -129,6 +133,7 @@ class CoordinateUNet2DModel(KeepsSource, Presets, PeftAdapterMixin, UNet2DModel)
             raise ValueError(f"noise_window={noise_window}: expected a number in (0, 1]")
         if center_input_sample:
             raise ValueError("center_input_sample=True: expected False; samples are already in [-1, 1]")
+        check_jumps(jumps)
         num_class_embeds = self._labels(class_names, num_class_embeds, class_embed_type)
         out_channels = image_channels if out_channels is None else out_channels
         if resolutions is not None:

@@ -11,6 +11,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from torch import nn
 
 from pyrdiff.parts.batch import check_batch, one_for_each
+from pyrdiff.parts.jumps import check_jumps
 from pyrdiff.parts.presets import Presets, unet_arguments
 from pyrdiff.parts.settings import check_choices, check_whole, checked_factors
 from pyrdiff.parts.sources import KeepsSource
@@ -88,6 +89,8 @@ class ResidualSRUNet2DModel(KeepsSource, Presets, PeftAdapterMixin, UNet2DModel)
         in_channels: `image_channels` or None. In the config it is `image_channels`, so that pipelines of diffusers draw
             noise of the right shape.
         out_channels: By default `image_channels`; twice as many to predict the variance, too (section 5.3).
+        jumps: Of a distilled network the only times that it is called at, descending. From each it jumps to a clean
+            image. None for all times.
 
     All other arguments are those of `UNet2DModel`; the types of the blocks follow from `attention`. Height and width of
     a sample must be multiples of 2 ** (len(block_out_channels) - 1).
@@ -141,9 +144,11 @@ class ResidualSRUNet2DModel(KeepsSource, Presets, PeftAdapterMixin, UNet2DModel)
         class_embed_type: str | None = None,
         num_class_embeds: int | None = None,
         num_train_timesteps: int | None = None,
+        jumps: tuple[int, ...] | None = None,
     ):
         check_whole(self.config, "image_channels")
         check_choices(self.config, self.CHOICES)
+        check_jumps(jumps)
         levels = len(block_out_channels)
         if levels < 2:
             raise ValueError(f"block_out_channels={tuple(block_out_channels)}: expected 2 levels or more")

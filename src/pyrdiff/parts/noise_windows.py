@@ -1,7 +1,9 @@
-"""The noise that a network was trained for at each size: `noise_window` of its config."""
+"""What a network was trained for at each size: `noise_window` and `jumps` of its config."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+from pyrdiff.parts.jumps import check_calls
 
 
 def check_noise(
@@ -28,12 +30,8 @@ def check_noise(
     window, trained = config.get("noise_window", 1.0), config.get("resolutions") or ()
     if window >= 1 or len(trained) < 2:
         return
-    areas = [math.prod(size) if isinstance(size, Sequence) else size * size for size in trained]
-    shown = (box[2] - box[0]) * (box[3] - box[1])
     for (height, width), time in starts:
-        area = height * width / shown
-        nearest = min(range(len(areas)), key=lambda index: abs(math.log(areas[index] / area)))
-        if nearest > 0 and time > window * train_steps:
+        if _is_above_lowest(trained, height, width, box) and time > window * train_steps:
             lowest = (
                 "x".join(map(str, trained[0])) if isinstance(trained[0], Sequence) else f"{trained[0]}x{trained[0]}"
             )
@@ -42,3 +40,33 @@ def check_noise(
                 f"expected at most {int(window * train_steps)}, since this network was trained for more noise at "
                 f"{lowest} only (a lower strength, or levels from there on)"
             )
+
+
+def check_level_calls(
+    config: Mapping,
+    levels: Sequence[tuple[tuple[int, int], Sequence[float]]],
+    plans: Iterable[str],
+    box: Sequence[float] = (0.0, 0.0, 1.0, 1.0),
+) -> None:
+    """
+    Refuses calls of a distilled network at times that it was not trained for, above the lowest of its `resolutions`.
+
+    Args:
+        config: Of the network.
+        levels: Of each its (height, width) and the times of its calls.
+        plans: Names of the plans that there are.
+        box: As of `check_noise`.
+
+    Raises:
+        ValueError: naming the first such level, the network's times and the plans.
+    """
+    for (height, width), times in levels if config.get("jumps") else ():
+        if _is_above_lowest(config.get("resolutions") or (), height, width, box):
+            check_calls(config, times, plans, f"the level {height}x{width}")
+
+
+def _is_above_lowest(trained: Sequence, height: int, width: int, box: Sequence[float]) -> bool:
+    """Whether a level is nearest in area to another than the lowest of the sizes that a network was trained at."""
+    areas = [math.prod(size) if isinstance(size, Sequence) else size * size for size in trained]
+    area = height * width / ((box[2] - box[0]) * (box[3] - box[1]))
+    return min(range(len(areas)), key=lambda index: abs(math.log(areas[index] / area)), default=0) > 0

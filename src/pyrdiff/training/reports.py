@@ -114,8 +114,12 @@ def card_facts(run: "Run") -> dict[str, object]:
     """What a reader of the model card wants to know of the training; no places on this machine."""
     settings, accelerator = run.settings, run.accelerator
     cpu = f"cpu, {torch.get_num_threads()} threads"
+    start = {}
+    if settings.init_from is not None:
+        start[settings.start_name] = f"{start_title(settings.init_from)} (SHA-256 {run.identity['start'][:12]})"
     return {
         "method": run.method.name,
+        **start,
         "data set": settings.dataset_name or Path(settings.train_data_dir).name,
         "images": len(run.images),
         "resolutions": ", ".join("{}x{}".format(*size) for size in settings.sizes),
@@ -129,6 +133,14 @@ def card_facts(run: "Run") -> dict[str, object]:
         "seed": settings.seed,
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
+
+
+def start_title(place: str) -> str:
+    """What a model that a run begins with is called: a repository as it is, a folder by its own name."""
+    if not Path(place).exists():
+        return place
+    parts = [part for part in Path(place).resolve().parts if part != "pipeline"]
+    return parts[-1]
 
 
 def parameters(run: "Run") -> int:

@@ -33,6 +33,7 @@ class TrainingSettings:
     allow_enlarging: ClassVar[bool] = True  # whether images smaller than the resolution may be trained on
     generates: ClassVar[bool] = True  # whether whole images are drawn, of which it takes more than a few
     level_share: ClassVar[tuple[int, ...] | None] = None  # as `MultiScaleBatches` takes it
+    start_name: ClassVar[str] = "started from"  # on the card, what `init_from` is to the model
 
     train_data_dir: str | None = None
     """Folder of images (searched recursively), an .npz or .npy array, or "glyphs" for the embedded letters."""

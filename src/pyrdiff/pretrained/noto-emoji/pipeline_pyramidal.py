@@ -454,7 +454,43 @@ def padded_grid(height: int, width: int, multiple: int) -> torch.Tensor:
     return torch.stack(torch.meshgrid(*axes, indexing="ij")).float()[None]
 
 
-# pyrdiff.parts.noise_windows: The noise that a network was trained for at each size: `noise_window` of its config.
+# pyrdiff.parts.jumps: The times that a distilled network is called at: `jumps` of its config.
+
+def check_jumps(jumps: Sequence[int] | None) -> None:
+    """Refuses what is neither None nor descending times from 0 up."""
+    if jumps is None:
+        return
+    times = list(jumps) if isinstance(jumps, (list, tuple)) else []
+    whole = all(is_whole(time) and time >= 0 for time in times)
+    if not times or not whole or times != sorted(set(times), reverse=True):
+        raise ValueError(f"jumps={jumps!r}: expected None or descending whole numbers, the times of network calls")
+
+
+def check_calls(config: Mapping, times: Sequence[float], plans: Iterable[str], where: str = "") -> None:
+    """
+    Refuses calls of a distilled network at times that it was not trained for.
+
+    Args:
+        config: Of the network. One without `jumps` is called at any time.
+        times: Of the calls.
+        plans: Names of the plans that there are.
+        where: What the calls are of, such as "the level 64x64", for the message.
+
+    Raises:
+        ValueError: naming the calls, the network's times and the plans.
+    """
+    jumps = config.get("jumps")
+    if jumps is None or all(time in jumps for time in times):
+        return
+    shown = f"{len(times)} calls" if len(times) > 4 else f"calls at {[round(float(time)) for time in times]}"
+    names = " or ".join(map(repr, sorted(plans))) or "calls at those times"
+    raise ValueError(
+        f"jumps={list(jumps)}: {where or 'this run'} would take {shown}; this network is distilled to jump from these "
+        f"times, expected plan={names}"
+    )
+
+
+# pyrdiff.parts.noise_windows: What a network was trained for at each size: `noise_window` and `jumps` of its config.
 
 def check_noise(
     config: Mapping,
@@ -480,12 +516,8 @@ def check_noise(
     window, trained = config.get("noise_window", 1.0), config.get("resolutions") or ()
     if window >= 1 or len(trained) < 2:
         return
-    areas = [math.prod(size) if isinstance(size, Sequence) else size * size for size in trained]
-    shown = (box[2] - box[0]) * (box[3] - box[1])
     for (height, width), time in starts:
-        area = height * width / shown
-        nearest = min(range(len(areas)), key=lambda index: abs(math.log(areas[index] / area)))
-        if nearest > 0 and time > window * train_steps:
+        if _is_above_lowest(trained, height, width, box) and time > window * train_steps:
             lowest = (
                 "x".join(map(str, trained[0])) if isinstance(trained[0], Sequence) else f"{trained[0]}x{trained[0]}"
             )
@@ -494,6 +526,36 @@ def check_noise(
                 f"expected at most {int(window * train_steps)}, since this network was trained for more noise at "
                 f"{lowest} only (a lower strength, or levels from there on)"
             )
+
+
+def check_level_calls(
+    config: Mapping,
+    levels: Sequence[tuple[tuple[int, int], Sequence[float]]],
+    plans: Iterable[str],
+    box: Sequence[float] = (0.0, 0.0, 1.0, 1.0),
+) -> None:
+    """
+    Refuses calls of a distilled network at times that it was not trained for, above the lowest of its `resolutions`.
+
+    Args:
+        config: Of the network.
+        levels: Of each its (height, width) and the times of its calls.
+        plans: Names of the plans that there are.
+        box: As of `check_noise`.
+
+    Raises:
+        ValueError: naming the first such level, the network's times and the plans.
+    """
+    for (height, width), times in levels if config.get("jumps") else ():
+        if _is_above_lowest(config.get("resolutions") or (), height, width, box):
+            check_calls(config, times, plans, f"the level {height}x{width}")
+
+
+def _is_above_lowest(trained: Sequence, height: int, width: int, box: Sequence[float]) -> bool:
+    """Whether a level is nearest in area to another than the lowest of the sizes that a network was trained at."""
+    areas = [math.prod(size) if isinstance(size, Sequence) else size * size for size in trained]
+    area = height * width / ((box[2] - box[0]) * (box[3] - box[1]))
+    return min(range(len(areas)), key=lambda index: abs(math.log(areas[index] / area)), default=0) > 0
 
 
 # pyrdiff.parts.plans: Named plans: the arguments of a call that a pipeline keeps in its config, and the schedulers that they run with.
@@ -1414,7 +1476,8 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
                 themselves, one descending list a level.
             plan: A plan of the pipeline by its name (`pipeline.config.plans`), or one as a dict, in place of the
                 arguments above but `box`, which are then left at their defaults. It may set the guidance; where it does
-                not, guidance may be given beside it.
+                not, guidance may be given beside it. A distilled network, which knows few calls, takes its first plan
+                where no steps are said.
             generator: One generator, or one an image: image k then does not depend on the others.
             output_type: "pil", "np" and "pt" in [0, 1], or "latent" in [-1, 1].
             return_levels: Whether to return the images of every level.
@@ -1565,14 +1628,18 @@ class PyramidalPipeline(SamplingPipeline, DiffusionPipeline):
             raise ValueError(f"start_strength={strength}: expected 1.0, since this pipeline carries no `colors`")
 
     def _check_noise(self, stages: list[PyramidalStage], box: Sequence[float] = (0.0, 0.0, 1.0, 1.0)) -> None:
-        """Refuses more noise than the network is trained for at a level's size."""
-        starts = [(stage.size, stage.steps.times[0]) for stage in stages]
-        check_noise(plain(self.unet).config, self.scheduler.config.num_train_timesteps, starts, box)
+        """Refuses more noise than the network is trained for at a level's size, or other times than it knows."""
+        config, levels = plain(self.unet).config, [(stage.size, stage.steps.times) for stage in stages]
+        starts = [(size, times[0]) for size, times in levels]
+        check_noise(config, self.scheduler.config.num_train_timesteps, starts, box)
+        check_level_calls(config, levels, self.config.plans or (), box)
 
     def _choose(
         self, plan: str | dict | None, arguments: PyramidalArguments
     ) -> tuple[PyramidalArguments, tuple[SchedulerMixin, SchedulerMixin]]:
         """The arguments of the plan, or those given; and the schedulers of the lowest level and of those above."""
+        if plan is None and plain(self.unet).config.get("jumps") and not set(given(arguments)) - {*self.BESIDE_PLANS}:
+            plan = next(iter(self.config.plans or ()), None)
         if plan is None:
             return arguments, (self.scheduler, self.refine_scheduler or self.scheduler)
         named = read_plan(plan, self.config.plans, self.PLAN_ARGUMENTS, ("scheduler", "refine_scheduler"))

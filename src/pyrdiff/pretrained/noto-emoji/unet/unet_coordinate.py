@@ -4,16 +4,102 @@
 
 import importlib
 import inspect
+import math
+import numbers
 import numpy as np
 import re
 import sys
 import torch
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from diffusers import ModelMixin, UNet2DModel
 from diffusers.configuration_utils import register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from pathlib import Path
 from typing import NamedTuple, TypeVar
+
+
+# pyrdiff.parts.settings: Checks of the settings of networks and schedulers. Each raises `ValueError` with name, value and what is accepted.
+
+def check_choices(settings: Mapping, choices: Mapping[str, Sequence]) -> None:
+    """Each setting that `choices` names must have one of the values there."""
+    for name, accepted in choices.items():
+        if settings[name] not in accepted:
+            raise ValueError(f"{name}={settings[name]!r}: expected one of {tuple(accepted)}")
+
+
+def is_whole(value: object) -> bool:
+    """True for a whole number, also one of numpy; a bool is none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_whole(settings: Mapping, *names: str, optional: bool = False) -> None:
+    """Each of these settings must be a whole number from 1 up, or None if that is allowed."""
+    for name in names:
+        value = settings[name]
+        if not (is_whole(value) and value >= 1 or optional and value is None):
+            raise ValueError(f"{name}={value!r}: expected a whole number from 1 up{' or None' * optional}")
+
+
+def check_positive(settings: Mapping, *names: str) -> None:
+    """Each of these settings must be a finite number above 0."""
+    for name in names:
+        if not 0 < settings[name] < math.inf:
+            raise ValueError(f"{name}={settings[name]}: expected a finite number above 0")
+
+
+def checked_factors(factors: Sequence[int] | None) -> list[int] | None:
+    """The setting `scale_factors` as a config keeps it: different whole numbers from 2 up, or None."""
+    if factors is None:
+        return None
+    given = list(factors) if isinstance(factors, (list, tuple)) else []
+    whole = all(is_whole(factor) and factor >= 2 for factor in given)
+    if not given or not whole or len(set(given)) < len(given):
+        raise ValueError(f"scale_factors={factors}: expected different whole numbers from 2 up, or None")
+    return given
+
+
+def did_you_mean(name: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known one, or nothing if none is near."""
+    near = get_close_matches(str(name), list(known), n=1, cutoff=0.7)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+# pyrdiff.parts.jumps: The times that a distilled network is called at: `jumps` of its config.
+
+def check_jumps(jumps: Sequence[int] | None) -> None:
+    """Refuses what is neither None nor descending times from 0 up."""
+    if jumps is None:
+        return
+    times = list(jumps) if isinstance(jumps, (list, tuple)) else []
+    whole = all(is_whole(time) and time >= 0 for time in times)
+    if not times or not whole or times != sorted(set(times), reverse=True):
+        raise ValueError(f"jumps={jumps!r}: expected None or descending whole numbers, the times of network calls")
+
+
+def check_calls(config: Mapping, times: Sequence[float], plans: Iterable[str], where: str = "") -> None:
+    """
+    Refuses calls of a distilled network at times that it was not trained for.
+
+    Args:
+        config: Of the network. One without `jumps` is called at any time.
+        times: Of the calls.
+        plans: Names of the plans that there are.
+        where: What the calls are of, such as "the level 64x64", for the message.
+
+    Raises:
+        ValueError: naming the calls, the network's times and the plans.
+    """
+    jumps = config.get("jumps")
+    if jumps is None or all(time in jumps for time in times):
+        return
+    shown = f"{len(times)} calls" if len(times) > 4 else f"calls at {[round(float(time)) for time in times]}"
+    names = " or ".join(map(repr, sorted(plans))) or "calls at those times"
+    raise ValueError(
+        f"jumps={list(jumps)}: {where or 'this run'} would take {shown}; this network is distilled to jump from these "
+        f"times, expected plan={names}"
+    )
 
 
 # pyrdiff.parts.presets: What the networks share: presets by name, and the arguments of a parent class.
@@ -235,6 +321,8 @@ class CoordinateUNet2DModel(KeepsSource, Presets, PeftAdapterMixin, UNet2DModel)
         out_channels: By default `image_channels`.
         class_names: Of the classes that `class_labels` stand for, by their place. One label more than there are classes
             stands for none of them, and is what the network is told where it is not told a class.
+        jumps: Of a distilled network the only times that it is called at above the lowest of its `resolutions`,
+            descending. From each it jumps to a clean image. None for all times.
 
     All other arguments are those of `UNet2DModel`. Height and width of a sample must be multiples of
     2 ** (len(block_out_channels) - 1).
@@ -282,6 +370,7 @@ class CoordinateUNet2DModel(KeepsSource, Presets, PeftAdapterMixin, UNet2DModel)
         num_train_timesteps: int | None = None,
         noise_window: float = 1.0,
         class_names: tuple[str, ...] | None = None,
+        jumps: tuple[int, ...] | None = None,
     ):
         if image_channels < 1:
             raise ValueError(f"image_channels={image_channels}: expected 1 or more")
@@ -293,6 +382,7 @@ class CoordinateUNet2DModel(KeepsSource, Presets, PeftAdapterMixin, UNet2DModel)
             raise ValueError(f"noise_window={noise_window}: expected a number in (0, 1]")
         if center_input_sample:
             raise ValueError("center_input_sample=True: expected False; samples are already in [-1, 1]")
+        check_jumps(jumps)
         num_class_embeds = self._labels(class_names, num_class_embeds, class_embed_type)
         out_channels = image_channels if out_channels is None else out_channels
         if resolutions is not None:
