@@ -113,17 +113,20 @@ def name_of(arm: Arm) -> str:
     return f"{arm.title}{scale}{weights}{', twice the calls' if arm.calls == 'twice' else ''}"
 
 
-def sample(pipeline, arm: Arm, count: int, path: Path) -> np.ndarray:
+def sample(pipeline, arm: Arm, count: int, path: Path, bf16: bool = False) -> np.ndarray:
     """uint8 [count, H, W, C], image k of class k modulo their number; those of earlier calls are found at `path`."""
+    import torch
+
     names = list(pipeline.unet.config.class_names)
     images = list(np.load(path)) if path.exists() else []
     for first in range(len(images), count, BATCH):
         numbers = range(first, min(first + BATCH, count))
         told = [names[number % len(names)] for number in numbers] if arm.labels else None
-        part = pipeline(
-            len(numbers), **arguments_of(arm, pipeline), classes=told, generator=scoring.generators(7, numbers),
-            output_type="latent",
-        )  # fmt: skip
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            part = pipeline(
+                len(numbers), **arguments_of(arm, pipeline), classes=told, generator=scoring.generators(7, numbers),
+                output_type="latent",
+            )  # fmt: skip
         images.extend(scoring.to_uint8(part.images.float()))
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path.with_suffix(".writing.npy"), np.stack(images))
@@ -194,7 +197,13 @@ def score(options) -> dict:
     import pyrdiff
 
     torch.set_num_threads(options.threads)
-    result = {"bench": "guidance", "minutes": options.minutes, "count": options.count, "seeds": {}}
+    result = {
+        "bench": "guidance",
+        "minutes": options.minutes,
+        "count": options.count,
+        "bf16": options.bf16,
+        "seeds": {},
+    }
     scorer = classifier = None
     for seed in options.seeds:
         run = folder_of(options.output, seed)
@@ -214,7 +223,7 @@ def score(options) -> dict:
             pipeline = with_weights(pipeline, run, arm, trained)
             key = name_of(arm)
             path = run / "samples" / f"{key.replace(', ', '_').replace(' ', '-')}.npy"
-            images = sample(pipeline, arm, options.count, path)
+            images = sample(pipeline, arm, options.count, path, options.bf16)
             told = right(classifier, images, names, options.order or names) if arm.labels else None
             cost = pipeline.plan(**arguments_of(arm, pipeline)).nfe_eq
             rows["arms"][key] = {"arm": arm._asdict(), "nfe_eq": cost, "right": told, **scorer(images)}
@@ -238,8 +247,8 @@ def table(result: dict, view: str = "guidance") -> str:
     lines = [
         f"{result['minutes']:g} minutes of one core a training ({steps} steps), seeds {', '.join(seeds)}; "
         f"{result['count']} samples an arm against {result['compared']['compared_with']['frechet']} test images, "
-        f"{result['features']} features (not FID). The classifier has {result['test_accuracy']:.1%} of the real test "
-        f"images right. {report.caption(result)}",
+        f"{result['features']} features (not FID){', sampled in bfloat16' * result['bf16']}. The classifier has "
+        f"{result['test_accuracy']:.1%} of the real test images right. {report.caption(result)}",
         "",
         "| sampled by | NFE-eq | right class | Fréchet [95 %], by seed | precision | recall |",
         "|---|---|---|---|---|---|",
@@ -278,6 +287,7 @@ def main() -> None:
     command.add_argument("--weights", help="of the feature network")
     command.add_argument("--epochs", type=int, default=4, help="of the classifier")
     command.add_argument("--count", type=int, default=500, help="samples an arm")
+    command.add_argument("--bf16", action="store_true", help="sample in bfloat16")
     command.add_argument("--grids", help="folder for pictures")
     command.add_argument("--threads", type=int, default=1)
     command.add_argument("--result", required=True)
