@@ -1,6 +1,6 @@
 """
 Enlarging photographs, of several models and of other programs' files, on sets of pairs: PSNR and SSIM of luma, LPIPS by
-two networks, ringing (ringing.py), consistency, CPU seconds a megapixel and memory.
+two networks, ringing (ringing.py), consistency, and CPU seconds a megapixel.
 
     python benchmarks/photos.py inputs --high PHOTOS --output set/low --factor 4 --degradation realistic
     python benchmarks/photos.py measure --sets "Set5=LOW,HIGH" --models "one call=photos-x4" --details 0 0.5 1 \
@@ -8,7 +8,7 @@ two networks, ringing (ringing.py), consistency, CPU seconds a megapixel and mem
     python benchmarks/photos.py card --result result.json --output photos-x4/README.md
 
 FOLDER has a folder of enlarged files a set, of its name, with the names of the inputs, and in seconds.json what they
-took: {set: {"seconds": {file: CPU seconds}, "megabytes": peak of the process}}.
+took: {set: {"seconds": {file: CPU seconds}}}.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import statistics
 import time
 from pathlib import Path
 
-import memory
 import report
 import scoring
 import torch
@@ -74,14 +73,6 @@ class Arm:
 
     def told(self, name: str) -> dict:
         return json.loads((self.files / "seconds.json").read_text())[name]
-
-    def megabytes(self, low: torch.Tensor, name: str) -> float | None:
-        """At the peak of the whole process; of a program its own word."""
-        if self.files is not None:
-            return self.told(name).get("megabytes")
-        if self.pipeline is None:
-            return None
-        return memory.of(lambda: self.pipeline(low, output_type="pt", **self.arguments), torch.device("cpu")).peak / 1e6
 
 
 def arms_of(options: argparse.Namespace, realistic: bool) -> list[Arm]:
@@ -156,7 +147,6 @@ def row_of(arm: Arm, name: str, pairs: list[tuple[Path, Path]], options: argpars
             place.mkdir(parents=True, exist_ok=True)
             pixels = (made[0] * 255).round().byte().permute(1, 2, 0).numpy()
             Image.fromarray(pixels).save(place / f"{high_path.stem}.png")
-    memories = arm.megabytes(image_tensor([decode_image(pairs[0][0], 3)]), name)
     means = {}
     for key in MEANS:
         values = [scores[key] for scores in each if scores[key] is not None]
@@ -165,7 +155,7 @@ def row_of(arm: Arm, name: str, pairs: list[tuple[Path, Path]], options: argpars
     pixels = sum(scores["seconds"] / scores["seconds_a_megapixel"] for scores in each if scores["seconds_a_megapixel"])
     means["seconds_a_megapixel"] = total / pixels if pixels else 0.0
     return {
-        "name": arm.name, "parameters": arm.parameters, "megabytes": memories, "seconds": total / len(each), **means,
+        "name": arm.name, "parameters": arm.parameters, "seconds": total / len(each), **means,
         "each": each,
     }  # fmt: skip
 
@@ -175,23 +165,22 @@ def table(result: dict) -> str:
     lines = [
         f"Photographs x{factor}; means. PSNR and SSIM of luma without {factor} pixels at the border; LPIPS by "
         "SqueezeNet and AlexNet; ringing as benchmarks/ringing.py has it, in levels of 255; consistency in units of "
-        "1e-5; CPU seconds; memory at the peak of the whole process, for the first image. " + report.caption(result),
+        "1e-5; CPU seconds. " + report.caption(result),
     ]
     for each in result["sets"]:
         lines += [
             "",
             f"**{each['name']}**, {each['count']} images:",
             "",
-            "| | PSNR-Y | SSIM-Y | LPIPS squeeze | LPIPS alex | ringing | consistency | s a megapixel | MB |",
-            "|---" * 9 + "|",
+            "| | PSNR-Y | SSIM-Y | LPIPS squeeze | LPIPS alex | ringing | consistency | s a megapixel |",
+            "|---" * 8 + "|",
         ]
         for row in each["rows"]:
             number = {key: "-" if row[key] is None else f"{row[key]:.1f}" for key in ("ringing", "consistency")}
-            memories = "-" if row["megabytes"] is None else f"{row['megabytes']:.0f}"
             seconds = "-" if row["name"] == "bicubic" else f"{row['seconds_a_megapixel']:.1f}"
             lines.append(
                 f"| {row['name']} | {row['psnr_y']:.2f} | {row['ssim_y']:.3f} | {row['lpips_squeeze']:.3f} "
-                f"| {row['lpips_alex']:.3f} | {number['ringing']} | {number['consistency']} | {seconds} | {memories} |"
+                f"| {row['lpips_alex']:.3f} | {number['ringing']} | {number['consistency']} | {seconds} |"
             )
     return "\n".join(lines)
 

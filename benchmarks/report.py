@@ -98,6 +98,19 @@ def summary() -> str:
         lines.append(
             f"| Fashion-MNIST, 32x32 | {name} | {row['frechet']:.0f} [{low:.0f}, {high:.0f}] | {row['seconds']:.4f} |"
         )
+    photographs = read("photos_x4.json")["sets"][0]
+    rows = {row["name"]: row for row in photographs["rows"]}
+    for name, arm in (
+        ("photos-x4, 1 call", "photos-x4, detail 1"),
+        ("*Real-ESRGAN x4plus*", "Real-ESRGAN x4plus"),
+        ("*bicubic*", "bicubic"),
+    ):
+        row = rows[arm]
+        seconds = "-" if arm == "bicubic" else f"{row['seconds']:.2f}"
+        lines.append(
+            f"| photographs x4, {photographs['name']} | {name} | LPIPS {row['lpips_squeeze']:.3f}, "
+            f"PSNR {row['psnr_y']:.1f} dB | {seconds} |"
+        )
     return "\n".join(lines)
 
 

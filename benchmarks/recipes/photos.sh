@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The photo models that come with pyrdiff: super-resolution in one call, trained on the 24 photographs of Kodak's set.
+# The photo model that comes with pyrdiff: super-resolution in one call, trained on the 24 photographs of Kodak's set.
 #
 #   benchmarks/recipes/photos.sh KODAK OUTPUT [MINUTES] [FACTOR]
 #

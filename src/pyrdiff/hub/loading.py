@@ -114,7 +114,7 @@ def load(
 
     Args:
         path_or_repo: A local folder, a repository on the Hub, or a model that comes with pyrdiff ("noto-emoji",
-            "photos-x2", "photos-x4").
+            "photos-x4").
         revision: Branch, tag or commit of the repository.
         pipeline_class: Another pipeline than the folder's own, with the same network, e.g. "GuidedSRPipeline" for what
             was trained to generate.
