@@ -133,6 +133,11 @@ FIRST_LINES = [
         "bench noto-emoji --reference images -o b.json",
         "noto-emoji beside images of images: each way is timed 5 times and",
     ),
+    (
+        "distill noto-emoji --train_data_dir images -o run3",
+        "reading the model that is to be distilled",
+    ),
+    ("ema kept -o averages", "the weights of kept averaged over 0.05, 0.1, 0.2 of its training"),
     ("plan noto-emoji", "what the plans of noto-emoji cost, timed here, 16 images together"),
     ("check noto-emoji", "checking noto-emoji: its files, its code, "),
     ("merge noto-emoji --adapter run/a -o merged", "noto-emoji with run/a merged into it, in merged"),
@@ -171,6 +176,9 @@ def test_a_line_says_what_will_happen_before_anything_slow_is_imported(run, tmp_
     import subprocess
 
     assert {line.split()[0] for line, _ in FIRST_LINES} == set(cli.COMMANDS)
+    for folder in ("averages", "pipeline"):  # a training that kept averages, as far as this command looks by then
+        (tmp_path / "kept" / folder).mkdir(parents=True)
+    (tmp_path / "kept" / "pipeline" / "model_index.json").touch()
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     command = [sys.executable, "-c", UNTIL_TORCH, str(tmp_path), json.dumps([line for line, _ in FIRST_LINES])]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)

@@ -15,9 +15,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pyrdiff.cli import expect, parse
+from pyrdiff.cli import announce, expect, parse
 from pyrdiff.commands.paths import check_paths
 from pyrdiff.machine import open_device
+from pyrdiff.training.settings import LONGEST_AVERAGE, SHORTEST_AVERAGE
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -64,12 +65,11 @@ class EmaSettings:
     """For the samples; by default the GPU if there is one."""
 
     def __post_init__(self):
-        from pyrdiff.training.averages import LONGEST, SHORTEST
-
-        accepted = f"numbers from {SHORTEST} to {LONGEST}"
-        good = len(self.length) > 0 and all(SHORTEST <= length <= LONGEST for length in self.length)
+        accepted = f"numbers from {SHORTEST_AVERAGE} to {LONGEST_AVERAGE}"
+        good = len(self.length) > 0 and all(SHORTEST_AVERAGE <= length <= LONGEST_AVERAGE for length in self.length)
         expect(self, "length", good and len(set(self.length)) == len(self.length), f"different {accepted}")
-        expect(self, "guide_length", SHORTEST <= self.guide_length <= LONGEST, f"one of the {accepted}")
+        good = SHORTEST_AVERAGE <= self.guide_length <= LONGEST_AVERAGE
+        expect(self, "guide_length", good, f"one of the {accepted}")
         expect(self, "at", 0 < self.at <= 1, "a number in (0, 1]")
         expect(self, "guide_at", self.guide_at is None or 0 < self.guide_at < self.at, "a share before --at")
         for name in ("num_images", "batch_size"):
@@ -135,6 +135,8 @@ def main(args: list[str]) -> dict:
     settings = parse(EmaSettings, __doc__, args, prog="pyrdiff ema")
     check_paths(settings, images=["reference"], files=["weights"])
     run = training_of(settings.model)
+    lengths = ", ".join(f"{length:g}" for length in settings.length)
+    announce(f"the weights of {run} averaged over {lengths} of its training, a model each, in {settings.output}")
     import pyrdiff
     from pyrdiff.training.snapshots import average, last_step
 

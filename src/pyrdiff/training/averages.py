@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from .settings import LONGEST_AVERAGE, SHORTEST_AVERAGE
+
 LENGTHS = (0.05, 0.15)  # of the averages that a run keeps: sums of their copies come near to all lengths up to 0.25
-LONGEST = 0.28  # a plain mean over all steps has 0.289
-SHORTEST = 0.01
 
 
 def exponent(length: float) -> float:
@@ -22,13 +22,13 @@ def exponent(length: float) -> float:
     gamma of the profile with this length: length**2 = (gamma + 1) / ((gamma + 2)**2 (gamma + 3)) (eq. 5 there).
 
     Args:
-        length: Share of the steps, from SHORTEST to LONGEST.
+        length: Share of the steps, from SHORTEST_AVERAGE to LONGEST_AVERAGE.
 
     Raises:
         ValueError: for another length.
     """
-    if not SHORTEST <= length <= LONGEST:
-        raise ValueError(f"length={length}: expected a number from {SHORTEST} to {LONGEST}")
+    if not SHORTEST_AVERAGE <= length <= LONGEST_AVERAGE:
+        raise ValueError(f"length={length}: expected a number from {SHORTEST_AVERAGE} to {LONGEST_AVERAGE}")
     roots = np.roots([1, 7, 16 - length**-2, 12 - length**-2])
     return float(max(root.real for root in roots if abs(root.imag) < 1e-9))
 
