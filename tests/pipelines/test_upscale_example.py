@@ -715,8 +715,9 @@ def test_a_model_for_other_pictures_is_said(run, tmp_path, capsys):
     flags = ["--outscale", 4, "--refine_steps", 2, "--tile", 64]
     main(["--model", "noto-emoji", "--input", str(source), "--output", str(tmp_path / "out"), *map(str, flags)])
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("1 picture, 40×40 → 160×160 by ") and lines[0].endswith(", by noto-emoji on cpu")
-    assert lines[1].startswith("warning: this model draws images of 64x64 (Noto Emoji by Google (Apache-2.0)")
+    assert "enlarged by noto-emoji into " in lines[0]
+    assert lines[1].startswith("1 picture, 40×40 → 160×160 by ") and lines[1].endswith(", by noto-emoji on cpu")
+    assert lines[2].startswith("warning: this model draws images of 64x64 (Noto Emoji by Google (Apache-2.0)")
 
 
 def test_a_result_that_is_far_from_its_picture_is_said(run, tmp_path, models):

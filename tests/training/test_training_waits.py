@@ -14,7 +14,8 @@ from pyrdiff.training.stopping import Stopwatch
 
 # What a step may wait for: the numbers of the step before.
 ALLOWED = "training/outcomes.py:outcome"
-JPEG = {"data/degradations.py:_jpeg"}  # has to be on the CPU; `degrade` says so
+# JPEG has to be on the CPU, and what a chain does to each image is read there; `degrade` says so.
+JPEG = {"data/degradations.py:_jpeg", "data/degradations.py:degrade"}
 PIXELS = dict(resolution=("8",), preset="tiny", num_train_timesteps=20, encoder_channels=(8, 16), latent_dim=4)
 SMALL = dict(resolution=("16",), preset="mini", block_out_channels=(32, 32), ddpm_num_steps=20)
 PYRAMID = dict(resolution=("8", "16"), preset="tiny", block_out_channels=(8, 16, 32), level_share=(1, 1))

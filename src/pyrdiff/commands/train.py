@@ -4,6 +4,8 @@ Train a model on a folder of images. The same command run again resumes.
 Example: pyrdiff train pddpm --train_data_dir my_images --minutes 60 -o runs/mine
 """
 
+from dataclasses import fields
+
 from pyrdiff.cli import announce, parse
 from pyrdiff.commands.paths import check_paths
 from pyrdiff.plugins import Method, find, methods, plugins
@@ -38,4 +40,5 @@ def main(args: list[str]) -> dict | None:
 
 def describe(name: str, method: Method) -> str:
     """The text of a method's `--help`."""
-    return f"{method.summary}\n\nExample: pyrdiff train {name} --train_data_dir my_images --minutes 60 -o runs/mine"
+    of = f"{name} runs/mine/pipeline" if "model" in {field.name for field in fields(method.settings)} else name
+    return f"{method.summary}\n\nExample: pyrdiff train {of} --train_data_dir my_images --minutes 60 -o runs/{name}"

@@ -53,7 +53,8 @@ def degrade(
     """
     What a low-resolution file of each image would hold: "bicubic", `shrink`; or "realistic", a chain of blur, resizing,
     noise and JPEG in random order, gone through twice (the second-order degradations of Wang et al. 2021,
-    arXiv:2107.10833, in the random order of Zhang et al. 2021, arXiv:2103.14006). JPEG runs on the CPU.
+    arXiv:2107.10833, in the random order of Zhang et al. 2021, arXiv:2103.14006). JPEG runs on the CPU, and the
+    numbers that say what is done are read there.
 
     Args:
         images, factor: As of `shrink`, which says what is returned and raised, too.
