@@ -105,6 +105,11 @@ class Browser:
         self.driver.switch_to.new_window("tab")
         self.open(url)
 
+    def look_at(self, window: str) -> None:
+        """Another window; browsers draw the one in front only."""
+        self.driver.switch_to.window(window)
+        self.driver.execute_cdp_cmd("Page.bringToFront", {})
+
     def shown(self, selector: str) -> list:
         """What is in view, or would be after scrolling."""
         visible = "filter(each => each.checkVisibility({visibilityProperty: true}))"
@@ -263,13 +268,13 @@ def test_a_session(server, browser, tmp_path):
     until(lambda: browser.status == "Waiting in line: 1 run before yours.")
     browser.screenshot("3-waiting")
     there = browser.driver.current_window_handle
-    browser.driver.switch_to.window(here)
+    browser.look_at(here)
     browser.press("Cancel")
     until(lambda: browser.status == "Cancelled.")
-    browser.driver.switch_to.window(there)
+    browser.look_at(there)
     until(lambda: browser.status.startswith("5 network calls"))
     browser.driver.close()
-    browser.driver.switch_to.window(here)
+    browser.look_at(here)
 
     # Two plans, from the same seeds.
     browser.press("Compare plans", "button[role=tab]")

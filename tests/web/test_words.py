@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from test_session import enlarger, pyramid
 
-from pyrdiff.web import words
+from pyrdiff.web import markup, words
 from pyrdiff.web.events import Progress, Result, Waiting
 from pyrdiff.web.model import _measured
 from pyrdiff.web.pace import Pace
@@ -95,3 +95,10 @@ def test_a_comparison_says_who_won_and_by_how_much():
     assert quality == "Quality: not measured here; your eyes decide."
     _, quality = words.verdict([result("default", 1.0, 0.002), result("short", 1.0, 0.001)], enlarger())
     assert quality.startswith("Fidelity: short is closest") and "0.0010; 0.0020 for default" in quality
+
+
+@pytest.mark.parametrize("consistency, cells", [(None, 4), (0.002, 5)])
+def test_a_comparison_is_a_table(consistency, cells):
+    shown = markup.verdict(["a < b"], [result("fast", 1.0, consistency), result("long", 2.0, consistency)])
+    assert shown.count("<tr>") == 3 and shown.count("<td>") == 2 * cells and shown.count("<th>") == cells
+    assert "<p>a &lt; b</p>" in shown and "<td>2.00</td>" in shown and ("0.0020" in shown) == (cells == 5)

@@ -60,7 +60,7 @@ def verdict(sentences: list[str], results: list[Result]) -> str:
     rows = []
     for result in results:
         cells = [result.name, str(result.calls), f"{result.nfe_eq:.2f}", f"{result.seconds:.2f}"]
-        rows.append([*cells, *[f"{result.consistency:.4f}"] * consistent])
+        rows.append([*cells, f"{result.consistency:.4f}"] if consistent else cells)
     table = _row("th", head) + "".join(_row("td", cells) for cells in rows)
     text = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in sentences)
     return f"<div class='pyr-verdict'>{text}<table>{table}</table></div>"
