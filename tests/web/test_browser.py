@@ -90,7 +90,7 @@ class Browser:
         options.binary_location = CHROMIUM
         for flag in (*FLAGS, f"--user-data-dir={folder}"):
             options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+        options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
         options.add_experimental_option("prefs", {"download.default_directory": str(folder / "saved")})
         service = webdriver.ChromeService(executable_path=DRIVER)
         self.driver = webdriver.Chrome(options=options, service=service)
@@ -338,6 +338,20 @@ def test_enlarging(server, browser, tmp_path):
     asked = browser.requests()
     assert len(asked) > 10 and [each for each in asked if not each.startswith(url)] == []
     assert listening(port) == ["0100007F"]
+
+
+def test_another_model(server, browser):
+    for model in ("photos-x4", "noto-emoji"):
+        browser.shown("input[role=combobox]")[0].click()
+        until(lambda model=model: [each for each in browser.shown("[role=option]") if model in each.text])[0].click()
+        until(lambda model=model: browser.shown(".intro h1")[0].text == model)
+        browser.screenshot(f"8-{model}")
+    until(lambda: browser.shown("button[role=tab]")[0].text == "Generate")
+    browser.press("Upscale", "button[role=tab]")
+    until(lambda: browser.shown(".pyr-shelf button"))[0].click()
+    until(lambda: browser.status.startswith("16×16 → 64×64 pixels"))
+    said = [each["message"] for each in browser.driver.get_log("browser")]
+    assert not [line for line in said if "500" in line], said
 
 
 def test_on_a_phone_the_result_comes_first(server, browser):

@@ -402,6 +402,8 @@ def test_too_little_or_nonsense_to_compare(picture):
         pyramid().compare([], "num_inference_steps", "1, x")
     with pytest.raises(ValueError, match="No picture yet"):
         enlarger().compare(["default", "short"])
+    with pytest.raises(ValueError, match="enlarges pictures and generates none"):
+        enlarger().generate(1, 0)
 
 
 # One at a time, and an end to it.

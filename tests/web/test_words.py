@@ -83,10 +83,13 @@ def test_a_comparison_says_who_won_and_by_how_much():
     session.quality = {"fast": (30.0, 20.0), "long": (10.0, 5.0)}
     time, quality = words.verdict([result("long", 3.0), result("fast", 1.0)], session)
     assert time.startswith("Time: fast is the fastest (3.0 times the 1.00 s for long).")
-    assert "long is the best (distance 10; 3.00 times that for fast)" in quality and "measure nothing" in quality
+    assert (
+        "long has the least distance to real ones, 10; fast has 3.00 times that." in quality
+        and "measure nothing" in quality
+    )
     session.quality = {"fast": (12.0, 9.0), "long": (10.0, 5.0)}
     assert (
-        "fast, which its interval does not tell from it"
+        "fast has 1.20 times that, no clear difference"
         in words.verdict([result("long", 1), result("fast", 1)], session)[1]
     )
     session.quality = {}

@@ -80,7 +80,8 @@ class PlanField:
     def draw(cls, models: Models, picker: gr.Dropdown, enlarging: bool = False) -> "PlanField":
         model = models.session()
         info = None if enlarging else "seconds for one image, on this machine as it was just now"
-        plan = gr.Dropdown(label="Plan", info=info, **plan_field(model, enlarging))
+        # Own values are taken: right after another model was chosen, a field may still hold the plan of the one before.
+        plan = gr.Dropdown(label="Plan", info=info, allow_custom_value=True, **plan_field(model, enlarging))
         fields = steps_fields(model, enlarging).items()
         steps = {name: gr.Number(label=name, precision=0, **settings) for name, settings in fields}
 

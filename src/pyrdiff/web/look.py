@@ -42,6 +42,7 @@ CSS = """
 .pyr-few .grid-container {max-width: 720px; margin: 0 auto}
 @media (max-width: 760px) {
   .pyr-results {order: -1}
+  .pyr-head {flex-direction: column}
   .pyr-go {position: sticky; bottom: 0; z-index: 5; padding: .4rem 0; background: var(--body-background-fill)}
   .pyr-row {flex-direction: column; gap: .3rem}
   .intro h1 {font-size: 1.25rem}

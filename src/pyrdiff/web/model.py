@@ -8,6 +8,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 
 from pyrdiff.hub import card
+from pyrdiff.hub.repository import bundled
 from pyrdiff.parts.json_files import read_json
 from pyrdiff.parts.windows import Tiling
 
@@ -128,7 +129,10 @@ class Model:
         if text.startswith("---\n") and "\n---\n" in text[4:]:
             text = text[4:].partition("\n---\n")[2]
         lines = [line for line in text.splitlines() if not line.startswith(("![", "<!--"))]
-        return "\n".join(lines).replace(card.PLACE, self.name).strip()
+        text = "\n".join(lines).strip()
+        text = text.replace(f'pyrdiff.load("{card.PLACE}")', f'pyrdiff.load("{self.name}")')
+        known = self.name not in bundled()  # to diffusers, too
+        return text.replace(card.PLACE, self.name) if known else text
 
     # What calls cost.
 

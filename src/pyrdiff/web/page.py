@@ -26,7 +26,7 @@ def build(models: Models) -> gr.Blocks:
     with gr.Blocks(
         title=f"{own.title} – pyrdiff", fill_width=True, analytics_enabled=False, delete_cache=(600, 3600)
     ) as page:
-        with gr.Row(equal_height=True):
+        with gr.Row(elem_classes="pyr-head"):
             head = gr.HTML(_head(own), elem_classes="intro")
             picker = gr.Dropdown(
                 [(title(name), name) for name in models.names], value=own.name, label="Model",
@@ -60,7 +60,7 @@ def _wire(models: Models, picker: gr.Dropdown, head: gr.HTML, row: gr.Tabs, tabs
         visits = dict(zip(histories, kept, strict=True))
         updates = {head: _head(model), about: _about(model), row: gr.Tabs(selected=_first(model))}
         for each, tab in drawn.items():
-            updates[tabs[each]] = gr.Tab(visible=tab.fits(model))
+            updates[tabs[each]] = gr.Tab(visible=tab.fits(model), interactive=tab.fits(model))
             if tab.fits(model):
                 updates |= tab.for_model(model, visits.get(each, {}))
         return updates

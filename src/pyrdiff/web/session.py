@@ -122,6 +122,8 @@ class Session(Model):
         them again in the `Result`.
         """
         pipeline = self.pipeline
+        if not self.generates:
+            raise ValueError("This model enlarges pictures and generates none: see Upscale.")
         arguments = call_arguments(pipeline, count, seed, plan, steps)
         arguments |= steering_arguments(pipeline, count, classes, guidance)
         costs = self.of_steps(self.costs(arguments), arguments.get("batch_size", 1))

@@ -117,9 +117,10 @@ def _best(results: list[Result], model: Model) -> str:
     value = model.quality[first][0]
     shown = []
     for name in others:
-        apart = "" if model.quality[name][1] > value else ", which its interval does not tell from it"
-        shown.append(f"{model.quality[name][0] / value:.2f} times that for {name}{apart}")
+        apart = "" if model.quality[name][1] > value else ", no clear difference"
+        shown.append(f"{name} has {model.quality[name][0] / value:.2f} times that{apart}")
+    said = f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
     return (
-        f"Quality, as measured for the model's card over many images: {first} is the best "
-        f"(distance {value:.4g}; {'; '.join(shown)}). These few images measure nothing; your eyes decide."
+        f"Quality, as measured with the model over many images: {first} has the least distance to real ones, {said}; "
+        f"{'; '.join(shown)}. These few images measure nothing: your eyes decide."
     )
