@@ -393,16 +393,16 @@ def test_a_check_changes_nothing(exports, older, forked):
 
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in hub.BUNDLED.glob("*/model_index.json")))
-def test_the_models_of_the_package_have_the_code_that_an_export_has(name):
-    """After a change of a plugin file or a part: pyrdiff check NAME --update_code."""
-    folder = hub.BUNDLED / name
-    for path, text in code_of(read_folder(folder)).texts.items():
-        assert (folder / path).read_text() == text, f"run: pyrdiff check {name} --update_code"
-    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*.py")} == set(
-        code_of(read_folder(folder)).texts
-    )
-    assert not [path for path in folder.rglob("*") if path.is_symlink()]
-    assert (folder / "LICENSE").read_bytes() == (Path(pyrdiff.__file__).parent / "LICENSE").read_bytes()
+def test_the_models_of_the_package_are_kept_without_code_and_exported_with_it(name, tmp_path, forked):
+    assert not [*(hub.BUNDLED / name).rglob("*.py")], "an export writes it"
+    for place in (name, hub.BUNDLED / name, hub.export(pyrdiff.load(name), tmp_path / "model")):
+        found = hub.check(place)
+        assert found.sound and found.loads_elsewhere, found.problems
+        code = code_of(read_folder(hub.BUNDLED / name)).texts
+        assert {path for path in found.files if path.endswith(".py")} == {*code}
+    assert not [*(hub.BUNDLED / name).rglob("*.py")], "a check writes nothing there"
+    with pytest.raises(ValueError, match=f"comes with pyrdiff.*hub.export.*'{name}'"):
+        hub.push(hub.BUNDLED / name, "me/mine", dry_run=True)
 
 
 def test_every_pipeline_saves_its_code():

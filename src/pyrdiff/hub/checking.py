@@ -38,7 +38,7 @@ from .loading import (
     within,
 )
 from .messages import file_name, shown
-from .repository import LARGEST_CONFIG, Repository, local_folder
+from .repository import LARGEST_CONFIG, Repository, is_bundled, local_folder
 
 BESIDE = re.compile(r"README\.md|LICENSE(\.txt|\.md)?|NOTICE|\.gitattributes|[\w.-]+\.(png|jpg|jpeg|webp)|bench\.json")
 SAVED_PRIVATE = ("_class_name", "_diffusers_version", "_name_or_path")  # keys of saved configs
@@ -114,7 +114,8 @@ def check(
     code is the same, or with `trust_remote_code`.
 
     Args:
-        path_or_repo: A local folder, a repository on the Hub, or a model that comes with pyrdiff.
+        path_or_repo: A local folder, a repository on the Hub, or a model that comes with pyrdiff. These are kept without
+            code; what is checked is a copy with it.
         revision, token: Of the repository.
         trust_remote_code: Run the folder's own code, for the load without pyrdiff, even if it is not the installed one.
             That code is the files that the index names.
@@ -129,6 +130,10 @@ def check(
         ValueError: if there is no such folder or repository.
     """
     folder, repository, result = local_folder(path_or_repo), None, Check()
+    if folder is not None and is_bundled(folder):  # as an export of it would be
+        with tempfile.TemporaryDirectory() as place:
+            copy = shutil.copytree(folder, Path(place) / folder.name)
+            return check(copy, update_code=True, max_megapixels=max_megapixels)
     if folder is None:
         if update_code:
             raise ValueError(f"update_code=True: {str(path_or_repo)!r} is no local folder; expected one")

@@ -16,6 +16,7 @@ from pyrdiff.machine import open_device, seeded
 from . import card
 from .checking import check
 from .loading import MAX_MEGAPIXELS, load
+from .repository import is_bundled
 
 KEPT = (".gitattributes",)  # the Hub's own
 SAMPLES = "samples.png"
@@ -86,6 +87,11 @@ def push(
     folder, say = Path(path), say or (lambda line: None)
     if not folder.is_dir():
         raise ValueError(f"path={str(path)!r}: expected an exported folder")
+    if is_bundled(folder):
+        raise ValueError(
+            f"path={str(path)!r}: comes with pyrdiff, without code; expected an export of it, as "
+            f"pyrdiff.hub.export(pyrdiff.load({folder.name!r}), folder) makes one"
+        )
     measured = None if bench is None else card.read_bench(bench)
     for picture in pictures or []:
         if not Path(picture).is_file():

@@ -44,6 +44,11 @@ def local_folder(path_or_repo: str | os.PathLike) -> Path | None:
     return None
 
 
+def is_bundled(folder: Path) -> bool:
+    """Whether a folder is that of a model that comes with the package, which is kept there without code."""
+    return folder.resolve().parent == BUNDLED.resolve()
+
+
 def public_name(place: str | os.PathLike) -> str:
     """What others may know a model by: its name, its repository, or its folder without the path to it."""
     if not Path(place).exists():
