@@ -114,8 +114,8 @@ def check(
     code is the same, or with `trust_remote_code`.
 
     Args:
-        path_or_repo: A local folder, a repository on the Hub, or a model that comes with pyrdiff. These are kept without
-            code; what is checked is a copy with it.
+        path_or_repo: A local folder, a repository on the Hub, or a model that comes with pyrdiff. Of these, which are
+            kept without code, a copy with it is checked.
         revision, token: Of the repository.
         trust_remote_code: Run the folder's own code, for the load without pyrdiff, even if it is not the installed one.
             That code is the files that the index names.
