@@ -384,10 +384,8 @@ class GuidedSRPipeline(SamplingPipeline, DiffusionPipeline):
             levels.append(lay_out_steps(scheduler, count, strength, spacing, "refine_steps"))
             if spacing == "scheduler":
                 check_start_above_zero(levels[-1], "refine_steps", count)
-        config, called = (
-            plain(self.unet).config,
-            [(size, level.times) for size, level in zip(sizes, levels, strict=True)],
-        )
+        config = plain(self.unet).config
+        called = [(size, level.times) for size, level in zip(sizes, levels, strict=True)]
         starts = [(size, times[0]) for size, times in called]
         check_noise(config, scheduler.config.num_train_timesteps, starts)
         check_level_calls(config, called, plans=())

@@ -72,7 +72,7 @@ def test_the_loss_is_the_error_of_the_enlarged_image_and_the_distance_by_detail(
     settings, high = toy_photos(degradation="bicubic", smooth_weight=0.0), pictures(4, 3, 16, 16)
     network = Adds(0.25)
     found = loss_of(settings, network, high)
-    turned = sr_one_call.turned(high, draws())
+    turned = sr_one_call.turned(high, *draws().choice(sr_one_call.TURNS_AND_SHIFTS)[:2])
     enlarged = ResidualSRPipeline.upsample(shrink(turned, 2), (16, 16))
     error = (enlarged + 0.25 - turned).abs().mean().item()
     assert found == pytest.approx(error, rel=1e-5)
@@ -122,11 +122,11 @@ def test_the_network_is_told_how_strong_the_damage_is(toy_photos, degradation, s
 
 
 def test_batches_are_turned_in_four_ways():
-    high = pictures(2, 3, 16, 16)
-    found = {sr_one_call.turned(high, draws(seed)).sum((0, 1)).numpy().tobytes() for seed in range(40)}
-    assert len(found) == 4
-    wide = pictures(2, 3, 8, 16)
-    assert {sr_one_call.turned(wide, draws(seed)).shape for seed in range(20)} == {wide.shape}
+    drawn = {draws(seed).choice(sr_one_call.TURNS_AND_SHIFTS)[:2] for seed in range(40)}
+    assert len(drawn) == 4
+    high, wide = pictures(2, 3, 16, 16), pictures(2, 3, 8, 16)
+    assert len({sr_one_call.turned(high, *turns).sum((0, 1)).numpy().tobytes() for turns in drawn}) == 4
+    assert {sr_one_call.turned(wide, *turns).shape for turns in drawn} == {wide.shape}
 
 
 def test_what_is_trained_is_exported_and_goes_on(toy_photos):

@@ -18,6 +18,7 @@ ALLOWED = "training/outcomes.py:outcome"
 JPEG = {"data/degradations.py:_jpeg", "data/degradations.py:degrade"}
 PIXELS = dict(resolution=("8",), preset="tiny", num_train_timesteps=20, encoder_channels=(8, 16), latent_dim=4)
 SMALL = dict(resolution=("16",), preset="mini", block_out_channels=(32, 32), ddpm_num_steps=20)
+ONE_CALL = dict(resolution=("16",), preset="tiny", scale_factor=(2, 4), perceptual_weight=0.0)
 PYRAMID = dict(resolution=("8", "16"), preset="tiny", block_out_channels=(8, 16, 32), level_share=(1, 1))
 MORE = dict(prediction_type="v_prediction", snr_gamma=5.0, patch_size=8, gradient_accumulation_steps=2)
 RUNS = {
@@ -26,6 +27,8 @@ RUNS = {
     "sr": ("sr", {**SMALL, "prediction_type": "v_prediction"}),
     "sr learned variance": ("sr", {**SMALL, "variance_type": "learned_range", "input_fusion": "attention"}),
     "sr realistic": ("sr", {**SMALL, "degradation": "realistic", "scale_factor": (2, 4)}),
+    "sr_one_call": ("sr_one_call", {**ONE_CALL, "degradation": "bicubic"}),
+    "sr_one_call realistic": ("sr_one_call", {**ONE_CALL, "degradation": "realistic"}),
     "autoencoder": ("pixel_aware", PIXELS),
     "pixel_aware": ("pixel_aware", PIXELS),
     "pixel_aware literal": ("pixel_aware", {**PIXELS, "head": "literal"}),

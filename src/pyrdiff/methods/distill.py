@@ -68,11 +68,6 @@ class DistillSettings(TrainingSettings):
         self._check("second_jump_from", times[0] > times[1] > 0, f"a share of less noise than jump_from, {times[0]}")
 
     @property
-    def window(self) -> tuple[int, int]:
-        """(height, width) of what is trained on."""
-        return tuple(min(side, self.patch_size or side) for side in self.sizes[-1])
-
-    @property
     def jumps(self) -> tuple[int, int]:
         """The times of the calls: of the first, and of the second of plan "two"."""
         teacher = teacher_of(self.model)

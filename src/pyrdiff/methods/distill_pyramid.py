@@ -47,10 +47,10 @@ def loss(network, scheduler, settings, batch, draws):
     if not again:
         below = F.interpolate(images, settings.sizes[batch.level - 1], mode="bicubic", antialias=True)
         start = F.interpolate(below, images.shape[-2:], mode="bicubic", align_corners=False)
-    time = torch.tensor(second if again else first)
-    estimate = CleanEstimate.at(scheduler, *signal_and_noise(scheduler, time))
+    time = second if again else first
+    estimate = CleanEstimate.at(scheduler, *signal_and_noise(scheduler, torch.tensor(time)))
     noisy = estimate.signal * start + estimate.noise * draws.normal(*images.shape)
-    output = predict(noisy, time.to(images.device).expand(len(images))).float()
+    output = predict(noisy, torch.full((len(images),), time, device=images.device)).float()
     return difference(settings, estimate.clean(noisy, output), images)
 
 
@@ -68,16 +68,15 @@ def plans(settings, teacher) -> dict[str, dict]:
     first, second = settings.jumps
     higher = [[first]] * (len(settings.sizes) - 1)
     chosen = named.get("balanced", {})
-    shared = {"start_strength": low.strength, "scheduler": chosen.get("scheduler", pddpm_solver())}
+    shared = {
+        "start_strength": low.strength,
+        "scheduler": chosen.get("scheduler", pddpm.plans()["balanced"]["scheduler"]),
+    }
     times = [int(time) for time in low.steps.times]
     return {
         "one": {"spacing": [times, *higher], **shared},
         "two": {"spacing": [times, *higher[:-1], [first, second]], **shared},
     }
-
-
-def pddpm_solver() -> list:
-    return pddpm.plans()["balanced"]["scheduler"]
 
 
 def preview(settings, pipeline, images, path) -> dict[str, float]:

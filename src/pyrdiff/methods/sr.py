@@ -88,11 +88,6 @@ class SuperResolutionSettings(TrainingSettings):
         if self.lpips_weights is not None:
             self._check("lpips_network", self.lpips_network is not None, "a network, for lpips_weights")
 
-    @property
-    def window(self) -> tuple[int, int]:
-        """(height, width) of what is trained on."""
-        return tuple(min(side, self.patch_size or side) for side in self.sizes[0])
-
 
 def check_factors(settings: TrainingSettings) -> None:
     """Refuses a `scale_factor` that does not divide the `window` that is trained on."""

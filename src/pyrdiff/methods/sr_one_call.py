@@ -1,6 +1,7 @@
 """Super-resolution of photographs in one network call, with a dial between fidelity and detail."""
 
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -18,12 +19,16 @@ if TYPE_CHECKING:
     from pyrdiff.training.loop import DeviceBatch
     from pyrdiff.training.losses import Draws
 
+# What is drawn for a batch: mirrored or not, rows as columns or not, and by how much LPIPS sees it cut.
+TURNS_AND_SHIFTS = tuple(product((False, True), (False, True), range(4), range(4)))
+
 
 @dataclass(kw_only=True)
 class OneCallSettings(TrainingSettings):
     """Flags of super-resolution in one call."""
 
     allow_enlarging: ClassVar[bool] = False
+    generates: ClassVar[bool] = False
 
     output_dir: str = "runs/photos"
     scale_factor: tuple[int, ...] = (4,)
@@ -66,11 +71,6 @@ class OneCallSettings(TrainingSettings):
         if self.lpips_weights is not None:
             self._check("lpips_network", self.lpips_network is not None, "a network, for lpips_weights")
 
-    @property
-    def window(self) -> tuple[int, int]:
-        """(height, width) of what is trained on."""
-        return tuple(min(side, self.patch_size or side) for side in self.sizes[0])
-
 
 def build_model(settings: OneCallSettings, channels: int) -> "ShuffledSRModel":
     from pyrdiff.models import ShuffledSRModel
@@ -106,7 +106,8 @@ def loss(
     """
     import torch
 
-    high = turned(batch.images, draws)
+    mirror, transpose, top, left = draws.choice(TURNS_AND_SHIFTS)
+    high = turned(batch.images, mirror, transpose)
     count = len(high)
     upsampled, restore = low_resolution(settings, high, draws)
     # A quarter of the images is at the end of the dial that is the default, an eighth at the other.
@@ -120,7 +121,6 @@ def loss(
         return total
     # The convolutions that measure have strides, 4 in AlexNet. On a grid that never moves against the network's own
     # squares of 4 x 4 they would miss some errors always.
-    top, left = draws.integers(4, 2).tolist()
     cut = (slice(None), slice(None), slice(top, None), slice(left, None))
     distances = perceptual(settings, images[cut], high[cut])
     return total + settings.perceptual_weight * (detail * distances).mean()
@@ -141,9 +141,8 @@ def smoothness(images: "torch.Tensor") -> "torch.Tensor":
     return (-20 * variance.clamp(min=0).sqrt()).exp()
 
 
-def turned(images: "torch.Tensor", draws: "Draws") -> "torch.Tensor":
-    """The batch, mirrored top to bottom half of the time, and with rows as columns half of the time."""
-    mirror, transpose = draws.integers(2, 2).tolist()
+def turned(images: "torch.Tensor", mirror: bool, transpose: bool) -> "torch.Tensor":
+    """The batch mirrored top to bottom, and, of squares, with rows as columns."""
     images = images.flip(-2) if mirror else images
     return images.mT if transpose and images.shape[-1] == images.shape[-2] else images
 
@@ -157,7 +156,7 @@ def low_resolution(
 
     factor, kind = draws.choice(settings.scale_factor), settings.degradation
     if kind == "both":
-        kind = ("bicubic", "bicubic", "realistic")[draws.integers(3, 1).item()]
+        kind = draws.choice(("bicubic", "bicubic", "realistic"))
     strength = draws.uniform(len(high)) * (kind == "realistic")
     low = degrade(high, factor, kind, draws, strength)
     return ResidualSRPipeline.upsample(low, high.shape[-2:]), strength

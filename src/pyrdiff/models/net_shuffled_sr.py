@@ -149,8 +149,9 @@ class ShuffledSRModel(KeepsSource, Presets, ModelMixin, ConfigMixin):
         # 1. What it is told.
         told = {"noise_level": noise_level, "detail": detail, "restore": restore}
         if not self.config.sees_sample:
-            told["noise_level"] = 0.0
-        told = [one_for_each(name, value, sample).to(sample.device).expand(len(sample)) for name, value in told.items()]
+            told["noise_level"] = sample.new_zeros(())
+        numbers = [one_for_each(name, value, sample) for name, value in told.items()]
+        told = [each.to(sample.device, non_blocking=True).expand(len(sample)) for each in numbers]
         embedding = self.condition_embedding(torch.stack(told, dim=1).to(sample.dtype))
 
         # 2. The images, squares of pixels as channels.

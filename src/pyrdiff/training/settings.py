@@ -153,6 +153,11 @@ class TrainingSettings:
             sizes.append(size)
         return sizes
 
+    @property
+    def window(self) -> tuple[int, int]:
+        """(height, width) of what is trained on at the largest size: whole images, or windows of them."""
+        return tuple(min(side, self.patch_size or side) for side in self.sizes[-1])
+
     def _check(self, name: str, good: bool, expected: str) -> None:
         """Refuses a flag's value, and says what is expected."""
         if not good:
